@@ -1,0 +1,66 @@
+"""The console script: `jaxembed COMMAND …` is `python -m jaxembed.COMMAND …`.
+
+A command is a module with `main(argv) -> int`; it is imported when it is called, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+
+from jaxembed.errors import InputError
+
+COMMANDS = {
+    "train": "train an embedder as a config file says",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that the first argument names with the rest of them; the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"jaxembed {_version()}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(COMMANDS)}"
+        print(f"error: {name}: no such command; {hint}", file=sys.stderr)
+        return 2
+    return run_command(lambda args: importlib.import_module(f"jaxembed.{name}").main(args), rest)
+
+
+def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Runs a command's `main`; an InputError becomes its message on stderr, without traceback, and exit status 2."""
+    try:
+        return command(argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
+    return (
+        "usage: jaxembed COMMAND [arguments]\n"
+        f"\ncommands:\n{commands}\n"
+        "\n`jaxembed COMMAND --help` lists a command's options; `jaxembed --version` prints the version."
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jaxembed")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

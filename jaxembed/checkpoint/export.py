@@ -1,0 +1,349 @@
+"""A model as a directory that sentence-transformers, transformers and inference servers read the same way.
+
+The layout is the union of what the readers look for: sentence-transformers 6 writes a shorter schema than its
+predecessors and other servers understand. Texts with one end token for both roles need only prompts and the
+tokenizer's post-processor. Texts with a suffix of their own for each role (udever's four markers) need a chat template,
+for prompts cannot add a suffix; sentence-transformers from 5.7 on puts it back after truncation.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxembed.errors import InputError
+from jaxembed.text.format import ROLES, TEXT_FORMAT_FILE, RoleName, TextFormat, read_text_format, write_json
+from jaxembed.text.tokenizer import TextTokenizer
+
+TOLERANCE = 1e-4
+"""Largest difference of an embedding's component, relative to the embedding's length, that `verify_export` accepts."""
+
+EDGE_TEXTS = (
+    "how do I sort a dict by its values",
+    "",
+    "   ",
+    "\n",
+    "  leading and trailing spaces\t ",
+    "如何按值对字典排序?",
+    "naïve café 👩‍💻🎉",
+    "{{ messages }} {% if x %} {# no comment #}",
+    'def add(a, b):\n    """Sum."""\n    return a + b\n',
+)
+
+_WRITTEN = {
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "README.md",
+    "modules.json",
+    "1_Pooling",
+    "2_Normalize",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    TEXT_FORMAT_FILE,
+}
+_POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
+
+class ExportError(RuntimeError):
+    """A written model does not give in sentence-transformers what it gives here; it should not be published."""
+
+
+def write_sentence_transformers(
+    directory: str | os.PathLike[str],
+    *,
+    huggingface_config: Mapping[str, Any],
+    tokenizer: TextTokenizer,
+    write_weights: Callable[[Path], object],
+    model_card: str,
+    tokenizer_class: str = "BloomTokenizerFast",
+    overwrite: bool = False,
+) -> Path:
+    """Writes a sentence-transformers directory; returns its path.
+
+    Everything is written to a directory beside it that gets the name at the end, so that what bears the name is whole.
+
+    Args:
+        huggingface_config: `config.json`; `hidden_size` (or `n_embed`) is the embeddings' width.
+        tokenizer: tokenizer and text format.
+        write_weights: called with the directory; puts `model.safetensors` (or shards and index) there, in the names of
+            transformers' AutoModel.
+        model_card: `README.md`.
+        tokenizer_class: a name that transformers 4 knows; 5 takes `tokenizer.json` under any.
+        overwrite: replace a directory that holds nothing but a model written by this function.
+
+    Raises:
+        InputError: the directory is there and not empty, and `overwrite` is False or it holds something else.
+    """
+    target = Path(directory).absolute()
+    _refuse_existing(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.incomplete")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write_weights(partial)
+        write_json(partial / "config.json", dict(huggingface_config))
+        tokenizer.save(partial)
+        write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, tokenizer_class))
+        _write_modules(partial, tokenizer.text_format, _width(huggingface_config))
+        (partial / "README.md").write_text(model_card, encoding="utf-8")
+        _rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_export` found; `str()` of it is a line to print."""
+
+    texts: int
+    difference: float
+    text: str
+    role: RoleName
+    reader: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.reader} gives the same ids and embeddings for {self.texts} edge texts in both roles; largest "
+            f"difference {self.difference:.1e} ({self.role} {_shown(self.text)})"
+        )
+
+
+def verify_export(
+    directory: str | os.PathLike[str],
+    encode: Callable[[list[str], RoleName], Float[np.ndarray, "texts dim"]],
+    tokenize: Callable[[list[str], RoleName], list[np.ndarray]],
+) -> Verification | None:
+    """Loads an exported model in sentence-transformers (CPU, float32) and compares ids and embeddings on edge texts.
+
+    Args:
+        encode: our embeddings of texts in a role, computed in float32 from the weights in the directory.
+        tokenize: our token ids of texts in a role.
+
+    Returns:
+        The largest difference, or None where sentence-transformers is not installed.
+
+    Raises:
+        ExportError: other ids, or an embedding that differs by more than `TOLERANCE`; names text and role.
+    """
+    if not all(importlib.util.find_spec(name) for name in ("torch", "sentence_transformers")):
+        return None
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    reader = f"sentence-transformers {importlib.metadata.version('sentence-transformers')}"
+    model = SentenceTransformer(
+        str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
+    )
+    text_format = read_text_format(directory)
+    texts = edge_texts(text_format)
+    for role in ROLES:
+        features = model.preprocess(texts, prompt=model.prompts[role], task=role)
+        masks = features["attention_mask"].bool()
+        theirs = [ids[mask].tolist() for ids, mask in zip(features["input_ids"], masks)]
+        for text, our_ids, their_ids in zip(texts, tokenize(texts, role), theirs):
+            if our_ids.tolist() != their_ids:
+                raise ExportError(_ids_differ(directory, reader, role, text, our_ids.tolist(), their_ids))
+
+    worst: tuple[float, str, RoleName] = (0.0, texts[0], ROLES[0])
+    encoders = {"query": model.encode_query, "document": model.encode_document}
+    for role in ROLES:
+        # Four at a time: rows are padded, and few are padded to the length of the longest.
+        theirs = encoders[role](texts, batch_size=4, show_progress_bar=False, convert_to_numpy=True)
+        ours = np.asarray(encode(texts, role), np.float32)
+        if ours.shape != theirs.shape:
+            raise ExportError(
+                f"{directory}: {reader} gives embeddings of shape {theirs.shape}, jaxembed {ours.shape}; role {role}"
+            )
+        lengths = np.maximum(np.linalg.norm(theirs, axis=-1), np.finfo(np.float32).tiny)
+        differences = np.abs(ours - theirs).max(axis=-1) / lengths
+        for text, difference in zip(texts, differences.tolist()):
+            if not difference <= TOLERANCE:  # also where it is NaN
+                raise ExportError(
+                    f"{directory}: {reader} gives another embedding than jaxembed: largest difference "
+                    f"{difference:.1e}, allowed {TOLERANCE:.0e}; role {role}, text {_shown(text)}"
+                )
+            worst = max(worst, (difference, text, role), key=lambda each: each[0])
+    return Verification(len(texts), worst[0], worst[1], worst[2], reader)
+
+
+def edge_texts(text_format: TextFormat) -> list[str]:
+    """Texts on which readers of a model tend to differ, among them one that is too long and one with markers.
+
+    The latter is left out where markers in texts stay text, which no other reader can do.
+    """
+    texts = [*EDGE_TEXTS, " ".join(f"word{number}" for number in range(text_format.max_length))]
+    if text_format.literal_markers == "token":
+        roles = (text_format.query, text_format.document)
+        markers = dict.fromkeys(part for role in roles for part in (role.prefix, role.suffix) if part)
+        texts.append(f"literal {' '.join(markers)} and </s> <s>")
+    return texts
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: is a file; a model is written as a directory")
+    found = sorted(entry.name for entry in target.iterdir())
+    if found and not overwrite:
+        raise InputError(f"{target}: is not empty; choose another directory, or allow it with overwrite")
+    foreign = [
+        name for name in found if name not in _WRITTEN and not (name.startswith("model") and ".safetensors" in name)
+    ]
+    if foreign:
+        raise InputError(f"{target}: holds {foreign[0]!r}, which is no part of a model; choose another directory")
+
+
+def _rename(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    width = config.get("hidden_size", config.get("n_embed"))
+    if not isinstance(width, int):
+        raise InputError(f"config.json: expected hidden_size or n_embed, found only {', '.join(config)}")
+    return width
+
+
+def _tokenizer_config(tokenizer: TextTokenizer, tokenizer_class: str) -> dict[str, Any]:
+    text_format = tokenizer.text_format
+    added = {token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values()}
+    parts = [part for role in (text_format.query, text_format.document) for part in (role.prefix, role.suffix)]
+    known = set(tokenizer.special_tokens.values())
+    markers = list(dict.fromkeys(part for part in parts if part in added - known))
+    return {
+        "tokenizer_class": tokenizer_class,
+        **tokenizer.special_tokens,
+        **({"additional_special_tokens": markers} if markers else {}),
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids otherwise
+        "model_max_length": text_format.max_length,  # without it nothing is truncated
+        "padding_side": "left",
+        "truncation_side": "right",
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _write_modules(directory: Path, text_format: TextFormat, width: int) -> None:
+    names = ["Transformer", "Pooling", *(["Normalize"] if text_format.normalize else [])]
+    paths = ["" if index == 0 else f"{index}_{name}" for index, name in enumerate(names)]
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for index, (name, path) in enumerate(zip(names, paths))
+    ]
+    write_json(directory / "modules.json", modules)
+    for path in paths[1:]:
+        (directory / path).mkdir()
+    pooling = {
+        "word_embedding_dimension": width,
+        **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in _POOLING_MODES},
+        "include_prompt": True,
+        "pooling_mode": "lasttoken",  # sentence-transformers 6 reads this one
+    }
+    write_json(directory / "1_Pooling" / "config.json", pooling)
+    if text_format.normalize:
+        normalize = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+        write_json(directory / "2_Normalize" / "config.json", normalize)
+
+    transformer: dict[str, Any] = {"max_seq_length": text_format.max_length, "do_lower_case": False}
+    sentence_transformers = {
+        # The oldest version that reads the files as meant; older ones warn.
+        "__version__": {"sentence_transformers": "5.7.0" if text_format.has_suffixes else "5.1.0"},
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": text_format.query.prompt, "document": text_format.document.prompt},
+        "default_prompt_name": "query",
+        "similarity_fn_name": "cosine",
+    }
+    if text_format.has_suffixes:
+        forward = {"method": "forward", "method_output_name": "last_hidden_state"}
+        transformer |= {
+            "transformer_task": "feature-extraction",
+            "modality_config": {"text": forward, "message": {**forward, "format": "flat"}},
+            "module_output_name": "token_embeddings",
+        }
+        sentence_transformers["requirements"] = {"sentence-transformers": ">=5.7"}
+        (directory / "chat_template.jinja").write_text(chat_template(text_format), encoding="utf-8")
+    write_json(directory / "sentence_bert_config.json", transformer)
+    write_json(directory / "config_sentence_transformers.json", sentence_transformers)
+
+
+def chat_template(text_format: TextFormat) -> str:
+    """The Jinja template that puts prefix, instruction and suffix around a message.
+
+    sentence-transformers hands the prompt over as system message and, from 6.0 on, the role as `task`. The prompt's
+    prefix tells the role, else `task` does, else it is a query. A prompt without prefix is taken as an instruction.
+    """
+    query, document = text_format.query, text_format.document
+    tests = []
+    if query.prefix != document.prefix:
+        by_length = sorted((("query", query), ("document", document)), key=lambda each: -len(each[1].prefix))
+        tests = [(f"ns.prompt.startswith({_quoted(role.prefix)})", name) for name, role in by_length if role.prefix]
+    tests.append(('task is defined and task == "document"', "document"))
+    choice = "".join(
+        f'{{%- {"elif" if index else "if"} {test} -%}}{{%- set role = "{name}" -%}}\n'
+        for index, (test, name) in enumerate(tests)
+    )
+    cases = "".join(
+        f'{{%- {"elif" if index else "if"} role == "{name}" -%}}\n'
+        f"{{%- if not ns.prompt -%}}{{%- set ns.prompt = {_quoted(role.prompt)} -%}}\n"
+        f"{{%- elif not ns.prompt.startswith({_quoted(role.prefix)}) -%}}"
+        f"{{%- set ns.prompt = {_quoted(role.prefix)} + ns.prompt -%}}\n"
+        "{%- endif -%}\n"
+        f"{{{{- ns.prompt + ns.text + {_quoted(role.suffix)} -}}}}\n"
+        for index, (name, role) in enumerate((("query", query), ("document", document)))
+    )
+    return (
+        '{%- set ns = namespace(prompt="", text="") -%}\n'
+        "{%- for message in messages -%}\n"
+        '{%- if message["role"] == "system" -%}{%- set ns.prompt = message["content"] -%}\n'
+        '{%- else -%}{%- set ns.text = ns.text + message["content"] -%}\n'
+        "{%- endif -%}\n"
+        "{%- endfor -%}\n"
+        f'{choice}{{%- else -%}}{{%- set role = "query" -%}}\n'
+        "{%- endif -%}\n"
+        f"{cases}{{%- endif -%}}"
+    )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "…")
+
+
+def _ids_differ(
+    directory: str | os.PathLike[str], reader: str, role: str, text: str, ours: Sequence[int], theirs: Sequence[int]
+) -> str:
+    first = next((place for place, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    window = slice(max(first - 2, 0), first + 3)
+    return (
+        f"{directory}: {reader} tokenises otherwise than jaxembed: {len(theirs)} and {len(ours)} ids, the first "
+        f"difference at {first}: {theirs[window]} and {ours[window]}; role {role}, text {_shown(text)}"
+    )

@@ -1,0 +1,144 @@
+"""The README of a saved model: what it is, how texts go in, how to load it, what it was trained on, how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from jaxembed.text.format import Role, TextFormat
+
+TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "jaxembed")
+
+_LITERAL_MARKERS = {
+    "token": "A marker that stands in a text becomes its token, here as in every other reader.",
+    "text": (
+        "jaxembed leaves markers that stand in a text as text (`literal_markers: text`). Other readers cannot: there "
+        "they become tokens, and the embedding of such a text differs."
+    ),
+}
+
+
+def model_card(
+    *,
+    name: str,
+    text_format: TextFormat,
+    dim: int,
+    description: str = "",
+    base_model: str | None = None,
+    license: str | None = None,
+    training_data: Sequence[Mapping[str, Any]] = (),
+    config: Mapping[str, Any] | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """The model card as Markdown with the Hugging Face hub's front matter.
+
+    Args:
+        name: the title, and the path or id that the code examples load.
+        dim: width of the embeddings.
+        description: a paragraph of the author's.
+        base_model: id or path of the model that was trained on; None when it was trained from scratch.
+        license: the hub's name of a licence.
+        training_data: a row a data set; its keys head the table (`name`, `pairs`, `dropped`).
+        config: the run's resolved configuration.
+        results: a row a measurement; its keys head the table (`data`, `metric`, `before`, `after`, `BM25`).
+        versions: what it was made with, by package.
+    """
+    parts = [_front_matter(base_model, license), f"# {name}", _introduction(text_format, dim, description, base_model)]
+    parts += ["## Text format", _text_format(text_format), "## Use", _usage(name, text_format)]
+    if results:
+        parts += ["## Results", _table(results)]
+    if training_data:
+        parts += ["## Training data", _table(training_data)]
+    if config:
+        parts += ["## Configuration", _fenced("yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))]
+    if versions:
+        parts += ["## Versions", _table([{"package": package, "version": of} for package, of in versions.items()])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base_model: str | None, license: str | None) -> str:
+    entries: dict[str, Any] = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": list(TAGS),
+    }
+    if base_model and base_model.count("/") == 1 and not base_model.startswith((".", "/", "~")):
+        entries["base_model"] = base_model  # the hub takes ids only, no paths
+    if license:
+        entries["license"] = license
+    # JSON values are YAML values.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _introduction(text_format: TextFormat, dim: int, description: str, base_model: str | None) -> str:
+    origin = f"`{base_model}`, finetuned" if base_model else "a decoder trained from scratch"
+    length = "of unit length" if text_format.normalize else "not normalised"
+    facts = (
+        f"A text embedder made with jaxembed: {origin} contrastively. An embedding is the hidden state of the last "
+        f"token, {dim} numbers, {length}; compare them by cosine similarity. Texts are cut at "
+        f"{text_format.max_length} tokens."
+    )
+    return f"{description.strip()}\n\n{facts}" if description.strip() else facts
+
+
+def _text_format(text_format: TextFormat) -> str:
+    def sequence(role: Role) -> str:
+        end = f"token {_code(role.suffix)}" if role.suffix else "the tokenizer's end token"
+        return f"{_code(role.prompt)} + text + {end}" if role.prompt else f"text + {end}"
+
+    rows = [
+        {"role": "query", "sequence": sequence(text_format.query)},
+        {"role": "document", "sequence": sequence(text_format.document)},
+    ]
+    symmetric = (
+        "Where two texts play the same part (similarity, clustering, classification), embed both as queries. The "
+        "format is in `jaxembed_text_format.json`; the code below applies it."
+    )
+    return f"{_table(rows)}\n\n{symmetric} {_LITERAL_MARKERS[text_format.literal_markers]}"
+
+
+def _usage(name: str, text_format: TextFormat) -> str:
+    calls = (
+        'queries = model.encode_query(["how do I sort a dict by value"])\n'
+        'documents = model.encode_document(["sorted(d.items(), key=lambda item: item[1])"])\n'
+        "print(model.similarity(queries, documents))"
+    )
+    need = "5.7 or newer" if text_format.has_suffixes else "5.1 or newer"
+    path = json.dumps(name, ensure_ascii=False)
+    torch = f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({path})\n{calls}"
+    jax = f"from jaxembed import Embedder\n\nmodel = Embedder.from_pretrained({path})\n{calls}"
+    return (
+        f"With sentence-transformers ({need}):\n\n{_fenced('python', torch)}\n\n"
+        f"With jaxembed, on TPU, GPU or CPU:\n\n{_fenced('python', jax)}"
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _code(text: str) -> str:
+    quoted = json.dumps(text, ensure_ascii=False)
+    return f"`` {quoted} ``" if "`" in quoted else f"`{quoted}`"
+
+
+def _fenced(language: str, text: str) -> str:
+    fence = "````" if "```" in text else "```"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

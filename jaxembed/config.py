@@ -1,0 +1,417 @@
+"""The configuration of a training run: every option, what it means, its default and its bounds.
+
+These models are the only list of options: the checks, `--help` and the JSON schema for editors all come from them.
+How they are read from a file and the command line is `config_file`'s subject.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from etils import epath
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from jaxembed import config_file
+
+# What an override replaces in the file: `--training.steps 5` shortens a recipe that counts epochs.
+_REPLACES = {
+    "model.path": ("model.scratch", "tokenizer"),
+    "model.scratch": ("model.path",),
+    "training.epochs": ("training.steps",),
+    "training.steps": ("training.epochs",),
+    "tokenizer.path": ("tokenizer.train_vocab_size",),
+    "tokenizer.train_vocab_size": ("tokenizer.path",),
+}
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.\-]+", name):
+        raise ValueError(f'expected letters, digits, "." "_" "-" only, found "{name}"')
+    return name
+
+
+_FilePath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+_Name = Annotated[str, AfterValidator(_checked_name)]
+_Text = Annotated[str, Field(min_length=1)]
+_Count = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0)]
+_Float = Literal["float32", "bfloat16"]
+_Recompute = Literal["none", "dots", "full"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class ScratchConfig(_Section):
+    """A decoder with fresh weights."""
+
+    family: Literal["bloom"] = Field(default="bloom", description="architecture")
+    layers: _Count = Field(default=2, description="number of layers")
+    dim: _Count = Field(default=128, description="width of the hidden state, and of the embedding")
+    heads: _Count = Field(default=4, description="attention heads a layer; divides dim")
+    vocab_size: _Count | None = Field(
+        default=None, description="rows of the vocabulary table; null = as the tokenizer has ids"
+    )
+    initializer_range: _Positive = Field(default=0.02, description="standard deviation of the initial weights")
+    layer_norm_epsilon: _Positive = Field(default=1e-5, description="epsilon of every LayerNorm")
+    dtype: _Float = Field(default="float32", description="type in which the weights are exported")
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> ScratchConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"heads has to divide dim, found {self.heads} heads and dim {self.dim}")
+        return self
+
+
+class ModelConfig(_Section):
+    """The decoder: exactly one of `path` and `scratch`."""
+
+    path: _FilePath | None = Field(
+        default=None,
+        description="Hugging Face or sentence-transformers directory, or hub id, of the weights to start from",
+    )
+    scratch: ScratchConfig | None = Field(default=None, description="shape of a new decoder with random weights")
+    param_dtype: Literal["auto"] | _Float = Field(
+        default="auto",
+        description="type of the parameters; auto = float32 where trained, frozen ones as they are stored",
+    )
+    compute_dtype: Literal["auto"] | _Float = Field(
+        default="auto",
+        description="type of the arithmetic; auto = bfloat16 on TPU and on GPU of compute capability 8.0 on, "
+        "float32 elsewhere",
+    )
+    layer_checkpoint: _Recompute = Field(
+        default="none",
+        description="what each layer computes again in the backward pass: nothing, all but its matmuls, all",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.path is None) == (self.scratch is None):
+            found = "neither" if self.path is None else "both"
+            raise ValueError(
+                "give exactly one of model.path (weights to start from) and model.scratch (a new decoder), "
+                f"found {found}"
+            )
+        return self
+
+
+class TokenizerConfig(_Section):
+    """The tokenizer of a decoder from scratch; a decoder from `model.path` brings its own."""
+
+    train_vocab_size: Annotated[int, Field(ge=260)] | None = Field(
+        default=None, description="train a byte-level BPE tokenizer with this many ids on the training texts"
+    )
+    path: _FilePath | None = Field(default=None, description="directory with tokenizer.json, or that file")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TokenizerConfig:
+        if self.train_vocab_size is not None and self.path is not None:
+            raise ValueError("give one of tokenizer.train_vocab_size and tokenizer.path, found both")
+        return self
+
+
+class RoleConfig(_Section):
+    """What stands around a text in one role."""
+
+    prefix: str = Field(default="", description='text put before, such as "query: " or a marker such as "[BOQ]"')
+    suffix: str = Field(
+        default="", description='one token, by its string, that ends the sequence; "" = the tokenizer\'s own'
+    )
+    instruction: str = Field(default="", description="text between the prefix and the user's text")
+
+
+class TextFormatConfig(_Section):
+    """How a text becomes tokens and an embedding; saved with the model."""
+
+    query: RoleConfig = Field(default=RoleConfig(prefix="query: "), description="queries")
+    document: RoleConfig = Field(default=RoleConfig(prefix="document: "), description="documents")
+    max_length: _Count = Field(default=512, description="longest sequence, in tokens, prefix and end token included")
+    pooling: Literal["last"] = Field(default="last", description="hidden state that becomes the embedding")
+    normalize: bool = Field(default=True, description="scale embeddings to unit length")
+    literal_markers: Literal["token", "text"] = Field(
+        default="token", description="what a marker written out in a user's text becomes"
+    )
+
+
+class JsonlSource(_Section):
+    """Pairs from a .jsonl or .jsonl.gz file."""
+
+    kind: Literal["jsonl"] = Field(description="JSON lines, gzipped or not")
+    name: _Name = Field(description="name of the data set in logs and metrics: letters, digits, . _ -")
+    path: _FilePath = Field(description=".jsonl or .jsonl.gz file, from the current directory")
+    anchor: _Text = Field(default="anchor", description="key of the query")
+    positive: _Text = Field(default="positive", description="key of the document that answers it")
+    negatives: list[_Text] = Field(default=[], description="keys of the hard negatives")
+    weight: _Positive | None = Field(
+        default=None, description="share in the mix, relative to the others; null = its size"
+    )
+
+
+class PythonSource(_Section):
+    """Pairs (docstring, function without its docstring) harvested from Python source files."""
+
+    kind: Literal["python"] = Field(description="docstring and function pairs from Python code")
+    name: _Name = Field(description="name of the data set in logs and metrics: letters, digits, . _ -")
+    path: _FilePath | None = Field(
+        default="stdlib",
+        description="folder to harvest; stdlib = this Python's standard library; null = packages only",
+    )
+    packages: list[_Text] = Field(default=[], description="installed packages to harvest; missing ones are named")
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="share of modules that are never trained on"
+    )
+    part: Literal["train", "held_out", "all"] = Field(
+        default="train", description="which of the modules this source yields"
+    )
+    weight: _Positive | None = Field(
+        default=None, description="share in the mix, relative to the others; null = its size"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_harvest(self) -> PythonSource:
+        if self.path is None and not self.packages:
+            raise ValueError("give path (a folder, or stdlib) or packages, found neither")
+        if self.part == "held_out" and self.held_out == 0:
+            raise ValueError("part: held_out is empty with held_out: 0; expected a share above 0")
+        return self
+
+
+Source = Annotated[JsonlSource | PythonSource, Field(discriminator="kind")]
+
+
+class DataConfig(_Section):
+    """Where the pairs come from."""
+
+    train: Annotated[list[Source], Field(min_length=1)] = Field(
+        description="sources trained on; N is a place in the list, from 0"
+    )
+    dev: list[Source] = Field(default=[], description="sources that the run is evaluated on; keys as in data.train")
+    bad_rows: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be read leads to")
+    cache_dir: _FilePath | None = Field(
+        default=None, description="local directory of the token cache; null = ~/.cache/jaxembed/tokens"
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> DataConfig:
+        for key, sources in (("train", self.train), ("dev", self.dev)):
+            names = [source.name for source in sources]
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            if doubled:
+                raise ValueError(f"every source of data.{key} needs its own name, found {', '.join(doubled)} twice")
+        return self
+
+
+class TrainingConfig(_Section):
+    """How long and on what: exactly one of `epochs` and `steps`."""
+
+    batch_size: _Count = Field(default=64, description="pairs a step, over all devices")
+    epochs: _Positive | None = Field(default=None, description="passes over the training pairs")
+    steps: _Count | None = Field(default=None, description="optimiser steps")
+    trainable: Literal["full", "bitfit"] = Field(default="full", description="all parameters, or the biases only")
+    row_length: _Count | None = Field(
+        default=None, description="tokens in a packed row; null = chosen from the lengths"
+    )
+    chunk_rows: _Count | None = Field(
+        default=None, description="packed rows a device runs at once (bounds the memory); null = chosen"
+    )
+    chunk_checkpoint: _Recompute = Field(
+        default="full",
+        description="what each chunk computes again in the backward pass: nothing, all but its matmuls, all",
+    )
+    negatives: Annotated[int, Field(ge=0)] = Field(default=0, description="hard negatives a query")
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> TrainingConfig:
+        if (self.epochs is None) == (self.steps is None):
+            found = "neither" if self.epochs is None else "both"
+            raise ValueError(f"give exactly one of training.epochs and training.steps, found {found}")
+        return self
+
+
+class LossConfig(_Section):
+    """InfoNCE over every candidate of the global batch."""
+
+    temperature: _Positive = Field(default=0.05, description="divides the cosine similarities")
+    tile: _Count | None = Field(default=None, description="candidates scored at once; null = chosen by the batch")
+
+
+class OptimizerConfig(_Section):
+    """AdamW, without decay on biases and norms, and its schedule."""
+
+    learning_rate: _Positive = Field(default=1e-4, description="highest learning rate, after the warm-up")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="decoupled weight decay")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="decay of the gradient's mean")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.999, description="decay of the squared gradient's mean"
+    )
+    epsilon: _Positive = Field(default=1e-8, description="added to the root of the squared gradient's mean")
+    clip_norm: _Positive | None = Field(
+        default=1.0, description="largest global norm of the gradient; null = no clipping"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="linear", description="learning rate after the warm-up: kept, or down to 0 at the last step"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="steps of linear warm-up; null = by warmup_ratio"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="share of all steps that warm up, where warmup_steps is null"
+    )
+
+
+class MeshConfig(_Section):
+    """Devices along each axis of the mesh."""
+
+    data: int = Field(default=-1, description="devices that split the batch; -1 = all that the other axes leave")
+    fsdp: _Count = Field(default=1, description="devices that split the batch and every parameter")
+    tensor: _Count = Field(default=1, description="devices that split each layer")
+
+    @field_validator("data")
+    @classmethod
+    def _data_is_a_count(cls, data: int) -> int:
+        if data != -1 and data < 1:
+            raise ValueError(f"expected -1 (all that are left) or a number from 1 on, found {data}")
+        return data
+
+
+class CheckpointConfig(_Section):
+    """Saved state, from which `--resume` goes on."""
+
+    every_steps: _Count | None = Field(default=None, description="steps between checkpoints; null = at the end only")
+    keep: _Count = Field(default=2, description="latest checkpoints kept")
+
+
+class EvaluationConfig(_Section):
+    """Retrieval on `data.dev`."""
+
+    every_steps: _Count | None = Field(
+        default=None, description="steps between evaluations; null = before and after only"
+    )
+    batch_size: _Count = Field(default=128, description="texts embedded at once")
+    bm25: bool = Field(default=True, description="report BM25 on the same pairs beside it")
+    searches: list[_Text] = Field(default=[], description="queries whose best hits are printed at the end")
+
+
+class ExportConfig(_Section):
+    """The sentence-transformers directory written at the end."""
+
+    path: _FilePath | None = Field(default=None, description="where to; null = model/ in run_dir")
+    verify: Literal["auto", "off"] = Field(
+        default="auto",
+        description="reload it in sentence-transformers and compare: where that is installed, or not at all",
+    )
+
+
+class LoggingConfig(_Section):
+    """Metrics of the run."""
+
+    every_steps: _Count = Field(default=10, description="steps between log entries")
+    tensorboard: bool = Field(default=True, description="write TensorBoard events beside metrics.jsonl")
+
+
+class ProfileConfig(_Section):
+    """A trace of some steps."""
+
+    steps: str | None = Field(default=None, description="first and last step traced, such as 10:13; null = none")
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_are_a_range(cls, steps: str | None) -> str | None:
+        if steps is not None:
+            match = re.fullmatch(r"(\d+):(\d+)", steps)
+            if match is None or int(match[1]) >= int(match[2]):
+                raise ValueError(f'expected FIRST:LAST such as 10:13, found "{steps}"')
+        return steps
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """First and last step of the trace, or None."""
+        if self.steps is None:
+            return None
+        first, last = self.steps.split(":")
+        return int(first), int(last)
+
+
+class TrainConfig(_Section):
+    """Everything that a training run is made of."""
+
+    run_dir: _FilePath = Field(
+        default="runs/{name}", description="directory of the run, local or gs://; {name} = the config file's name"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="seed of weights and of the order of examples"
+    )
+    model: ModelConfig = Field(description="the decoder")
+    tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="tokenizer of a decoder from scratch")
+    text_format: TextFormatConfig | None = Field(
+        default=None, description="how texts are formatted; null = as the model's directory says, or the default"
+    )
+    data: DataConfig = Field(description="the pairs")
+    training: TrainingConfig = Field(description="how long and on what")
+    loss: LossConfig = Field(default=LossConfig(), description="the loss")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="optimiser and schedule")
+    mesh: MeshConfig = Field(default=MeshConfig(), description="devices")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="checkpoints")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="evaluation")
+    export: ExportConfig = Field(default=ExportConfig(), description="the model written at the end")
+    logging: LoggingConfig = Field(default=LoggingConfig(), description="metrics")
+    profile: ProfileConfig = Field(default=ProfileConfig(), description="tracing")
+    compile_cache: _FilePath | None = Field(
+        default="~/.cache/jaxembed/compiled",
+        description="directory of compiled programs, kept between runs; null = none",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, data: Any) -> Any:
+        """A section that is absent, or there without keys, has its defaults."""
+        if not isinstance(data, Mapping):
+            return data
+        filled = dict(data)
+        for name, field in cls.model_fields.items():
+            section = isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+            if section and filled.get(name) is None:
+                filled[name] = {}
+        return filled
+
+    @model_validator(mode="after")
+    def _tokenizer_fits_model(self) -> TrainConfig:
+        given = self.tokenizer.path is not None or self.tokenizer.train_vocab_size is not None
+        if self.model.scratch is not None and not given:
+            raise ValueError("model.scratch needs a tokenizer; give tokenizer.train_vocab_size or tokenizer.path")
+        if self.model.path is not None and given:
+            raise ValueError(f"{self.model.path} brings its own tokenizer; leave out the section tokenizer")
+        return self
+
+
+def load_config(path: epath.PathLike, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config in a YAML file, with overrides `--section.key value`; see `config_file.read_config`.
+
+    Where an override gives one of two alternatives, the file's other one is dropped: `model.path` or `model.scratch`
+    (with its tokenizer), `training.epochs` or `training.steps`. Relative paths count from the current directory.
+
+    Raises:
+      InputError: with the file, line and key, or the override, of everything that is wrong.
+    """
+    config = config_file.read_config(TrainConfig, path, overrides, _REPLACES)
+    return config.model_copy(update={"run_dir": config.run_dir.replace("{name}", epath.Path(path).stem)})
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The config as YAML with every key, which `load_config` reads back as the same config."""
+    return config_file.dump_config(config)
+
+
+def options_help(model: type[BaseModel] = TrainConfig) -> str:
+    """Every option as `--section.key`, with its type, default and meaning, for `--help`."""
+    return config_file.options_help(model)
+
+
+def json_schema(model: type[BaseModel] = TrainConfig) -> dict[str, Any]:
+    """JSON schema of the config file, for editors."""
+    return model.model_json_schema()

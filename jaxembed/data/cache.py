@@ -1,0 +1,225 @@
+"""The token cache: texts become token ids once, and stay on the local disk as memory-mapped arrays.
+
+One directory a key, written whole or not at all:
+
+    tokens.bin    int32, the ids of all distinct texts, one after the other
+    offsets.npy   int64 [distinct + 1], where each begins in tokens.bin
+    hashes.npy    uint64 [distinct], `text_hash` of each
+    rows.npy      int64 [texts], which distinct text each text of the source is
+    meta.json     counts and what the key was made of
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Int, Int32, Int64, UInt64
+from tqdm import tqdm
+
+from jaxembed.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+
+class Tokenizer(Protocol):
+    """What the cache asks of a tokenizer; `jaxembed.text.tokenizer.TextTokenizer` is one."""
+
+    @property
+    def fingerprint(self) -> Any:  # a string; pyright takes no cached property for a property that returns one
+        """Changes whenever any text may get other ids: vocabulary, text format, truncation."""
+        ...
+
+    def __call__(self, texts: Sequence[str], role: Any) -> list[Int[np.ndarray, " length"]]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCache:
+    """Token ids of the texts of one source in one role; text `i` is `cache[i]`.
+
+    Attributes:
+        directory: where the arrays lie.
+        tokens: ids of the distinct texts, one after the other; on the disk.
+        offsets: where each distinct text begins in `tokens`, and where the last one ends.
+        rows: which distinct text each text is.
+        distinct_hashes: `text_hash` of each distinct text.
+    """
+
+    directory: Path
+    tokens: Int32[np.ndarray, " tokens"]
+    offsets: Int64[np.ndarray, " distinct+1"]
+    rows: Int64[np.ndarray, " texts"]
+    distinct_hashes: UInt64[np.ndarray, " distinct"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, text: int) -> Int32[np.ndarray, " length"]:
+        """The ids of a text, markers and end token included: a read-only view."""
+        row = self.rows[text]
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    @cached_property
+    def lengths(self) -> Int32[np.ndarray, " texts"]:
+        """Number of ids of each text."""
+        return np.diff(self.offsets).astype(np.int32)[self.rows]
+
+    @cached_property
+    def hashes(self) -> UInt64[np.ndarray, " texts"]:
+        """`text_hash` of each text; equal texts have equal hashes whatever their source and role."""
+        return self.distinct_hashes[self.rows]
+
+
+def text_hash(text: str) -> int:
+    """The 8-byte BLAKE2b hash of a text in UTF-8, as an unsigned little-endian integer."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def build_token_cache(
+    texts: Sequence[str],
+    role: Literal["query", "document"],
+    tokenizer: Tokenizer,
+    *,
+    source_fingerprint: str,
+    directory: str | os.PathLike[str],
+    batch: int = 4096,
+    progress: bool = True,
+) -> TokenCache:
+    """The token cache of `texts`: the one that is there, else a new one.
+
+    Processes that build the same cache at once do not disturb each other: each writes a directory of its own, the first
+    to end gives it its name, the others use that one.
+
+    Args:
+        texts: may repeat; each distinct one is tokenised once.
+        role: how the tokenizer marks them.
+        tokenizer: gives the ids.
+        source_fingerprint: changes whenever `texts` may have changed; names the column too where a source has several.
+        directory: local folder that holds the caches.
+        batch: texts given to the tokenizer at once, in its own threads.
+        progress: whether to show a bar.
+
+    Raises:
+        InputError: the cache cannot be written (full disk, no permission).
+    """
+    texts = list(texts)
+    key = {"source": source_fingerprint, "tokenizer": tokenizer.fingerprint, "role": role, "format": _FORMAT}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    home = Path(directory).expanduser()
+    final = home / name
+    cache = _open_if_sound(final, texts)
+    if cache is not None:
+        log.info("token cache hit: %d texts, %d tokens in %s", len(cache), len(cache.tokens), final)
+        return cache
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(final)
+        temporary.mkdir()
+        try:
+            _write(temporary, texts, role, tokenizer, key, batch, progress)
+            cache = _publish(temporary, final, texts)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the token cache in {home}: {error}. data.cache_dir names another place"
+        ) from error
+    log.info("token cache built: %d texts, %d tokens in %s", len(cache), len(cache.tokens), final)
+    return cache
+
+
+def _write(
+    directory: Path, texts: list[str], role: str, tokenizer: Tokenizer, key: dict[str, Any], batch: int, progress: bool
+) -> None:
+    row_of: dict[str, int] = {}
+    rows = np.fromiter((row_of.setdefault(text, len(row_of)) for text in texts), np.int64, len(texts))
+    distinct = list(row_of)
+    offsets = np.zeros(len(distinct) + 1, np.int64)
+    with (
+        open(directory / "tokens.bin", "wb") as file,
+        tqdm(total=len(distinct), unit=" texts", desc=f"tokenising ({role})", disable=not progress) as bar,
+    ):
+        for start in range(0, len(distinct), batch):
+            ids = tokenizer(distinct[start : start + batch], role)
+            offsets[start + 1 : start + 1 + len(ids)] = [len(one) for one in ids]
+            file.write(np.concatenate(ids).astype(np.int32, copy=False).tobytes())
+            bar.update(len(ids))
+    np.cumsum(offsets, out=offsets)
+    np.save(directory / "offsets.npy", offsets)
+    np.save(directory / "hashes.npy", np.fromiter(map(text_hash, distinct), np.uint64, len(distinct)))
+    np.save(directory / "rows.npy", rows)
+    meta = key | {"texts": len(texts), "distinct": len(distinct), "tokens": int(offsets[-1])}
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _publish(temporary: Path, final: Path, texts: list[str]) -> TokenCache:
+    """Gives a finished directory its name, unless another process was first with a sound one."""
+    while True:
+        try:
+            temporary.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            cache = _open_if_sound(final, texts, warn=False)
+            if cache is not None:
+                return cache
+            _discard(final)
+        else:
+            return _open(final, texts)
+
+
+def _discard(directory: Path) -> None:
+    """Moves a directory out of the way before it is deleted, so that nobody meets it half-deleted."""
+    grave = _temporary(directory)
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        directory.rename(grave)
+        shutil.rmtree(grave)
+
+
+def _temporary(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _open_if_sound(directory: Path, texts: list[str], *, warn: bool = True) -> TokenCache | None:
+    try:
+        return _open(directory, texts)
+    except FileNotFoundError:
+        if not directory.exists():
+            return None
+        reason = "a file is missing"
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        reason = str(error)
+    if warn:
+        log.warning("the token cache %s is damaged (%s) and will be built again", directory, reason)
+    return None
+
+
+def _open(directory: Path, texts: list[str]) -> TokenCache:
+    meta = json.loads((directory / "meta.json").read_text())
+    offsets, hashes, rows = (np.load(directory / f"{name}.npy") for name in ("offsets", "hashes", "rows"))
+    size = (directory / "tokens.bin").stat().st_size
+    if size != 4 * meta["tokens"]:
+        raise ValueError(f"tokens.bin has {size} bytes, expected {4 * meta['tokens']}")
+    if (len(offsets), len(hashes), len(rows)) != (meta["distinct"] + 1, meta["distinct"], meta["texts"]):
+        raise ValueError("its arrays are not as long as meta.json says")
+    if offsets[0] != 0 or offsets[-1] != meta["tokens"] or (np.diff(offsets) < 0).any():
+        raise ValueError("offsets.npy does not ascend from 0 to the number of tokens")
+    if len(rows) and not (rows.min() >= 0 and rows.max() < meta["distinct"]):
+        raise ValueError("rows.npy points outside the distinct texts")
+    if len(rows) != len(texts) or any(int(hashes[rows[i]]) != text_hash(texts[i]) for i in (0, -1) if texts):
+        raise ValueError("it holds other texts than the source")
+    # An empty file cannot be mapped.
+    tokens = np.memmap(directory / "tokens.bin", np.int32, "r") if size else np.zeros(0, np.int32)
+    return TokenCache(directory, np.asarray(tokens), offsets, rows, hashes)

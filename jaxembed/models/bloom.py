@@ -1,0 +1,265 @@
+"""BLOOM (arXiv 2211.05100) as a text encoder: the decoder without its head, read at the last token of each text.
+
+The input is packed rows. All layers but the last are stacked and scanned; the last one runs only for the positions that
+are pooled: every other query, projection, MLP and final norm of it would be thrown away. Formulas follow transformers'
+modeling_bloom.py; dropouts, zero in every released model, do not exist here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxembed.errors import InputError
+from jaxembed.models.weights import IDENTITY, TRANSPOSE, Relayout, WeightRule
+from jaxembed.ops.alibi import alibi_slopes
+from jaxembed.ops.attention import attention
+from jaxembed.ops.norms import layer_norm
+from jaxembed.ops.pooling import take_positions
+from jaxembed.sharding import Alone, Hooks
+
+LAYER_CHECKPOINTS: Mapping[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a layer keeps for its backward pass, by name: everything, results of matrix products with weights, its input."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BloomConfig:
+    """Shape of a BLOOM decoder, under Hugging Face's meaning of each number."""
+
+    vocab_size: int
+    dim: int
+    layers: int
+    heads: int
+    epsilon: float = 1e-5
+    residual_after_norm: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> "BloomConfig":
+        """Reads a `config.json`, under either spelling of its keys.
+
+        Raises:
+            InputError: a key is missing or not a number, or heads do not divide the hidden size.
+        """
+
+        def read(*names: str) -> int:
+            for name in names:
+                if isinstance(config.get(name), int):
+                    return config[name]
+            raise InputError(f"config.json: expected a whole number under {' or '.join(map(repr, names))}")
+
+        result = cls(
+            vocab_size=read("vocab_size"),
+            dim=read("hidden_size", "n_embed"),
+            layers=read("n_layer", "num_hidden_layers"),
+            heads=read("n_head", "num_attention_heads"),
+            epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+            residual_after_norm=bool(config.get("apply_residual_connection_post_layernorm", False)),
+        )
+        if result.dim % result.heads:
+            raise InputError(f"config.json: {result.heads} heads do not divide the hidden size {result.dim}")
+        return result
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """A `config.json` that transformers' `BloomModel` reads."""
+        return {
+            "architectures": ["BloomModel"],
+            "model_type": "bloom",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.dim,
+            "n_layer": self.layers,
+            "n_head": self.heads,
+            "layer_norm_epsilon": self.epsilon,
+            "apply_residual_connection_post_layernorm": self.residual_after_norm,
+            "initializer_range": 0.02,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "use_cache": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 3,
+        }
+
+
+def _normal(key: Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+
+def _constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, config: BloomConfig):
+        self.scale = _constant(1.0, (config.dim,), ("features",))
+        self.bias = _constant(0.0, (config.dim,), ("features",))
+        self.epsilon = config.epsilon
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+class Linear(nnx.Module):
+    """x · kernel + bias, over the kernel's leading `contracted` dimensions."""
+
+    def __init__(self, key: Array, shape: tuple[int, ...], axes: tuple[str, ...], contracted: int = 1):
+        self.kernel = _normal(key, shape, axes)
+        bias_axes = tuple("features" if axis == "embed" else axis for axis in axes[contracted:])
+        self.bias = _constant(0.0, shape[contracted:], bias_axes)
+        self.contracted = contracted
+
+    def __call__(self, x: Float[Array, "..."], hooks: Hooks) -> Float[Array, "..."]:
+        kernel = hooks.weight(self.kernel, x.dtype)
+        return jnp.tensordot(x, kernel, axes=self.contracted) + self.bias[...].astype(x.dtype)
+
+
+class Projections(nnx.Module):
+    """Queries, keys and values: three matrices in one parameter, so that each can be applied to other positions."""
+
+    def __init__(self, key: Array, config: BloomConfig):
+        shape = (3, config.dim, config.heads, config.head_dim)
+        self.kernel = _normal(key, shape, ("qkv", "embed", "heads", "head_dim"))
+        self.bias = _constant(0.0, (3, *shape[2:]), ("qkv", "heads", "head_dim"))
+
+    def __call__(
+        self, queried: Float[Array, "rows queries dim"], x: Float[Array, "rows length dim"], hooks: Hooks
+    ) -> tuple[Float[Array, "rows queries heads head_dim"], ...]:
+        kernel, bias = hooks.weight(self.kernel, x.dtype), self.bias[...].astype(x.dtype)
+        return tuple(jnp.tensordot(y, kernel[i], axes=1) + bias[i] for i, y in enumerate((queried, x, x)))
+
+
+class Layer(nnx.Module):
+    """One decoder layer: attention, then MLP, each on its own normalised input, each added to the stream."""
+
+    def __init__(self, key: Array, config: BloomConfig):
+        keys = jax.random.split(key, 4)
+        dim, heads, head_dim = config.dim, config.heads, config.head_dim
+        self.attention_norm = LayerNorm(config)
+        self.qkv = Projections(keys[0], config)
+        self.out = Linear(keys[1], (heads, head_dim, dim), ("heads", "head_dim", "embed"), contracted=2)
+        self.mlp_norm = LayerNorm(config)
+        self.up = Linear(keys[2], (dim, 4 * dim), ("embed", "mlp"))
+        self.down = Linear(keys[3], (4 * dim, dim), ("mlp", "embed"))
+        self.residual_after_norm = config.residual_after_norm
+
+    def __call__(
+        self,
+        x: Float[Array, "rows length dim"],
+        segments: Int[Array, "rows length"],
+        slopes: Float[Array, " heads"],
+        hooks: Hooks,
+        positions: Int[Array, "rows slots"] | None = None,
+    ) -> Float[Array, "rows queries dim"]:
+        """The stream after this layer: at every position, or at `positions` alone, to the same values."""
+        a = self.attention_norm(x)
+        queried = a
+        if positions is not None:
+            queried, x = take_positions(a, positions), take_positions(x, positions)
+        context = attention(*self.qkv(queried, a, hooks), segments, slopes, positions)
+        x = (queried if self.residual_after_norm else x) + self.out(context, hooks)
+        m = self.mlp_norm(x)
+        hidden = jax.nn.gelu(self.up(m, hooks), approximate=True)
+        return (m if self.residual_after_norm else x) + self.down(hidden, hooks)
+
+
+class Bloom(nnx.Module):
+    """The decoder. Layers 0 … layers − 2 are stacked in `layers` (absent for one layer), the last is `last_layer`."""
+
+    def __init__(self, key: Array, config: BloomConfig):
+        table_key, last_key, *layer_keys = jax.random.split(key, 1 + config.layers)
+        self.table = _normal(table_key, (config.vocab_size, config.dim), ("vocab", "embed"))
+        self.table_norm = LayerNorm(config)
+        if layer_keys:
+            stacked = jax.vmap(lambda k: Layer(k, config))(jnp.stack(layer_keys))
+            graph, state = nnx.split(stacked)
+            name_layer_axis = lambda _, v: v.replace(v[...], axes=("layer", *v.axes))  # noqa: E731
+            self.layers = nnx.merge(graph, nnx.map_state(name_layer_axis, state))
+        self.last_layer = Layer(last_key, config)
+        self.final_norm = LayerNorm(config)
+        self.config = config
+
+    def states(
+        self,
+        tokens: Int[Array, "rows length"],
+        segments: Int[Array, "rows length"],
+        positions: Int[Array, "rows slots"] | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        hooks: Hooks = Alone(),  # noqa: B008 (a frozen value)
+        layer_checkpoint: str = "none",
+    ) -> Float[Array, "rows queries dim"]:
+        """Final hidden states, float32: at every position of every row, or at `positions` of each (−1 = empty slot).
+
+        Args:
+            segments: 1, 2, … for the texts of a row, 0 for padding, on whichever side.
+            dtype: of activations and of the weights in products.
+            layer_checkpoint: a key of `LAYER_CHECKPOINTS`.
+        """
+        slopes = jnp.asarray(alibi_slopes(self.config.heads))
+        x = self.table_norm(hooks.lookup(self.table, tokens, dtype))
+        if self.config.layers > 1:
+
+            def body(x: Array, layer: Layer) -> tuple[Array, None]:
+                return layer(x, segments, slopes, hooks), None
+
+            if layer_checkpoint != "none":
+                body = jax.checkpoint(body, policy=LAYER_CHECKPOINTS[layer_checkpoint])
+            x, _ = jax.lax.scan(body, x, self.layers)
+        x = self.last_layer(x, segments, slopes, hooks, positions)
+        return self.final_norm(x.astype(jnp.float32))
+
+
+def weight_map(config: BloomConfig) -> tuple[WeightRule, ...]:
+    """Hugging Face's names ↔ parameters of `Bloom`. Theirs are [out, in], with q, k, v of a head side by side."""
+    heads, head_dim, dim = config.heads, config.head_dim, config.dim
+    qkv_kernel = Relayout(
+        "heads·3·head_dim, dim → 3, dim, heads, head_dim",
+        lambda w: w.reshape(heads, 3, head_dim, dim).transpose(1, 3, 0, 2),
+        lambda w: w.transpose(2, 0, 3, 1).reshape(heads * 3 * head_dim, dim),
+    )
+    qkv_bias = Relayout(
+        "heads·3·head_dim → 3, heads, head_dim",
+        lambda b: b.reshape(heads, 3, head_dim).transpose(1, 0, 2),
+        lambda b: b.transpose(1, 0, 2).reshape(heads * 3 * head_dim),
+    )
+    out_kernel = Relayout(
+        "dim, heads·head_dim → heads, head_dim, dim",
+        lambda w: w.reshape(dim, heads, head_dim).transpose(1, 2, 0),
+        lambda w: w.transpose(2, 0, 1).reshape(dim, heads * head_dim),
+    )
+
+    def norm(name: str, *path: str) -> tuple[WeightRule, WeightRule]:
+        return (
+            WeightRule(f"{name}.weight", (*path, "scale"), IDENTITY),
+            WeightRule(f"{name}.bias", (*path, "bias"), IDENTITY),
+        )
+
+    def linear(name: str, path: str, kernel: Relayout, bias: Relayout) -> tuple[WeightRule, WeightRule]:
+        return (
+            WeightRule(f"h.{{layer}}.{name}.weight", ("layers", path, "kernel"), kernel),
+            WeightRule(f"h.{{layer}}.{name}.bias", ("layers", path, "bias"), bias),
+        )
+
+    return (
+        WeightRule("word_embeddings.weight", ("table",), IDENTITY),
+        *norm("word_embeddings_layernorm", "table_norm"),
+        *norm("h.{layer}.input_layernorm", "layers", "attention_norm"),
+        *linear("self_attention.query_key_value", "qkv", qkv_kernel, qkv_bias),
+        *linear("self_attention.dense", "out", out_kernel, IDENTITY),
+        *norm("h.{layer}.post_attention_layernorm", "layers", "mlp_norm"),
+        *linear("mlp.dense_h_to_4h", "up", TRANSPOSE, IDENTITY),
+        *linear("mlp.dense_4h_to_h", "down", TRANSPOSE, IDENTITY),
+        *norm("ln_f", "final_norm"),
+    )

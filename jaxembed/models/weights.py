@@ -1,0 +1,164 @@
+"""The weight map: which Hugging Face tensor is which parameter, and how it is laid out, read in both directions.
+
+A family's map is a tuple of rules. A rule whose pattern holds `{layer}` stands for one tensor a layer; its path begins
+with `"layers"`. The decoder keeps all layers but the last stacked under `("layers", …)`, with a leading layer axis,
+and the last one alone under `("last_layer", …)`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from jaxembed.errors import InputError
+
+ParameterPath = tuple[str, ...]
+LAYER = "{layer}"
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """Two pure functions on numpy arrays, each the other's inverse: Hugging Face's layout to ours, and back."""
+
+    name: str
+    to_jax: Callable[[np.ndarray], np.ndarray]
+    to_huggingface: Callable[[np.ndarray], np.ndarray]
+
+    def huggingface_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape that a parameter of this shape has in Hugging Face's layout."""
+        # No memory: all elements of the placeholder are one.
+        return self.to_huggingface(np.broadcast_to(np.int8(0), tuple(shape))).shape
+
+
+IDENTITY = Relayout("identity", lambda array: array, lambda array: array)
+TRANSPOSE = Relayout("transpose", np.transpose, np.transpose)
+
+
+def permuted(name: str, shape: Sequence[int], split: Sequence[int], axes: Sequence[int]) -> Relayout:
+    """Splits axes of a Hugging Face tensor and orders them anew: `reshape(split)`, then `transpose(axes)`.
+
+    `shape` is the tensor's own, for the way back; it and `split` may hold one -1. BLOOM's attention weight
+    `[heads·3·head_dim, dim]`, here `[4·3·2, 8]`, becomes `[dim, 3, heads, head_dim]`:
+
+    >>> qkv = permuted("qkv kernel", shape=(24, -1), split=(4, 3, 2, -1), axes=(3, 1, 0, 2))
+    >>> qkv.to_jax(np.zeros((24, 8))).shape, qkv.huggingface_shape((8, 3, 4, 2))
+    ((8, 3, 4, 2), (24, 8))
+    """
+    inverse = np.argsort(axes)
+    return Relayout(
+        name, lambda array: array.reshape(split).transpose(axes), lambda array: array.transpose(inverse).reshape(shape)
+    )
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """One line of a weight map."""
+
+    pattern: str  # Hugging Face's name without a prefix, `{layer}` in place of the layer's index
+    path: ParameterPath  # in the model's state
+    relayout: Relayout = IDENTITY
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One source tensor and the place that it fills."""
+
+    source: str
+    rule: WeightRule
+    layer: int | None
+    path: ParameterPath
+    index: int | None  # along the leading axis of a stacked parameter; None: the whole parameter
+
+    @property
+    def target(self) -> str:
+        """The place, for people: `layers/attention/qkv/kernel[3]`."""
+        return "/".join(self.path) + ("" if self.index is None else f"[{self.index}]")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every tensor of a checkpoint, in the weight map's order."""
+
+    assignments: tuple[Assignment, ...]
+    prefix: str
+    ignored: tuple[str, ...]
+
+
+def locate(rule: WeightRule, layer: int | None, layers: int) -> tuple[ParameterPath, int | None]:
+    """Where a rule's tensor of this layer lies: its path, and its index if the parameter there is stacked."""
+    if layer is None:
+        return rule.path, None
+    if layer == layers - 1:
+        return ("last_layer", *rule.path[1:]), None
+    return rule.path, layer
+
+
+def assignments(weight_map: Sequence[WeightRule], layers: int, prefix: str = "") -> Iterator[Assignment]:
+    """Every tensor of a model in canonical order: the map's, with the rules of layers repeated layer by layer."""
+    for layered, group in groupby(weight_map, key=lambda rule: LAYER in rule.pattern):
+        rules = list(group)
+        for layer in range(layers) if layered else [None]:
+            for rule in rules:
+                source = prefix + rule.pattern.replace(LAYER, str(layer))
+                yield Assignment(source, rule, layer, *locate(rule, layer, layers))
+
+
+def resolve(
+    sources: Iterable[str],
+    weight_map: Sequence[WeightRule],
+    layers: int,
+    *,
+    prefixes: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+    where: str = "checkpoint",
+) -> Plan:
+    """Assigns every source tensor.
+
+    All names may carry one of `prefixes`. Names that match a pattern of `ignored` (with or without the prefix,
+    `{layer}` as in rules) may be there and go nowhere: a tied head, buffers. `where` begins an error's message.
+
+    Raises `InputError` listing the tensors that no rule takes and the parameters that no tensor fills, or where some
+    names carry a prefix and others do not.
+    """
+    names = set(sources)
+    found = {
+        prefix: [a for a in assignments(weight_map, layers, prefix) if a.source in names] for prefix in ("", *prefixes)
+    }
+    examples = [hits[0].source for hits in found.values() if hits]
+    if len(examples) > 1:
+        raise InputError(f"{where}: tensors under several prefixes, such as {' and '.join(map(repr, examples))}")
+    prefix = max(found, key=lambda prefix: len(found[prefix]))
+    left = names - {assignment.source for assignment in found[prefix]}
+    harmless = {name for name in left if any(_index(p, name, prefix) is not None for p in ignored)}
+    wanted = [a for a in assignments(weight_map, layers, prefix) if a.source not in names]
+    if wanted or left != harmless:
+        message = f"{where}: these are not the weights of this model"
+        if left != harmless:
+            surplus = [_surplus(name, prefix, weight_map, layers) for name in sorted(left - harmless)]
+            message += f"; tensors that belong nowhere ({len(surplus)}): {shorten(surplus)}"
+        if wanted:
+            targets = [f"{assignment.source} → {assignment.target}" for assignment in wanted]
+            message += f"; tensors that are missing ({len(targets)}): {shorten(targets)}"
+        raise InputError(message)
+    return Plan(tuple(found[prefix]), prefix, tuple(sorted(harmless)))
+
+
+def shorten(items: Sequence[str], limit: int = 10) -> str:
+    """The items on one line, the rest of a long list as a count."""
+    rest = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return ", ".join([*items[:limit], *rest])
+
+
+def _surplus(name: str, prefix: str, weight_map: Sequence[WeightRule], layers: int) -> str:
+    indices = (_index(rule.pattern, name, prefix) for rule in weight_map)
+    layer = next((index for index in indices if index), None)
+    return f"{name} (the config has {layers} layers)" if layer and int(layer) >= layers else name
+
+
+def _index(pattern: str, name: str, prefix: str) -> str | None:
+    """The layer's digits in a name that matches, empty if the pattern has no layer; None if it does not match."""
+    expression = "([0-9]{1,9})".join(re.escape(part) for part in pattern.split(LAYER))
+    match = re.fullmatch(f"(?:{re.escape(prefix)})?{expression}", name)
+    return None if match is None else "".join(match.groups()[:1])

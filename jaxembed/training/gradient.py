@@ -1,0 +1,172 @@
+"""The gradient of the contrastive loss over any global batch, on any mesh, at the memory of one chunk.
+
+GradCache (arXiv 2101.06983) is three calls in JAX: a `lax.map` over chunks of rows, each under `jax.checkpoint`, then
+the loss on all embeddings. The whole is one `shard_map`, in which each chip computes *its share* of the loss: no `psum`
+inside the differentiated function, one per gradient leaf after it, in float32, over the axes the leaf is not split by.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxembed.models.bloom import LAYER_CHECKPOINTS
+from jaxembed.ops.norms import unit_norm
+from jaxembed.sharding import BATCH_AXES, Chips, Hooks, partition_specs
+from jaxembed.training.losses import automatic_tile, info_nce
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One global batch: packed rows, and where in them each text of the loss is found.
+
+    `chips` is data × fsdp; `capacity` slots of each chip are gathered, chosen by the packer.
+    """
+
+    tokens: Int[Array, "chunks rows length"]
+    segments: Int[Array, "chunks rows length"]
+    last: Int[Array, "chunks rows slots"]
+    pick: Int[Array, " chips*capacity"]
+    """Slots that hold a text, numbered within their chip's part of `last`."""
+    own: Int[Array, " queries"]
+    """Place of each query among the gathered slots."""
+    candidates: Int[Array, " candidates"]
+    """Place of each document among the gathered slots."""
+    positives: Int[Array, " queries"]
+    """Number of each query's positive among the candidates."""
+    valid: Bool[Array, " candidates"]
+    """False where an example has no further negative."""
+    data_set: Int[Array, " queries"]
+    """Number of the data set each query comes from."""
+
+
+BATCH_SPECS = Batch(
+    tokens=PartitionSpec(None, BATCH_AXES),
+    segments=PartitionSpec(None, BATCH_AXES),
+    last=PartitionSpec(None, BATCH_AXES),
+    pick=PartitionSpec(BATCH_AXES),
+    own=PartitionSpec(BATCH_AXES),
+    candidates=PartitionSpec(),
+    positives=PartitionSpec(BATCH_AXES),
+    valid=PartitionSpec(),
+    data_set=PartitionSpec(BATCH_AXES),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What the loss is and what its computation may keep in memory."""
+
+    temperature: float = 0.05
+    tile: int | None = None
+    """Candidates a tile of logits; None chooses."""
+    dtype: Any = jnp.float32
+    """Of activations and of weights in products."""
+    chunk_checkpoint: str = "full"
+    layer_checkpoint: str = "none"
+    """Keys of `LAYER_CHECKPOINTS`: what a chunk, and a layer within it, keeps for the backward pass."""
+    normalize: bool = True
+    data_sets: int = 1
+
+
+def embed_rows(
+    model: Any, tokens: Array, segments: Array, last: Array, options: LossOptions, hooks: Hooks
+) -> Float[Array, "rows slots dim"]:
+    """Embeddings of every slot of packed rows, float32."""
+    states = model.states(
+        tokens, segments, last, dtype=options.dtype, hooks=hooks, layer_checkpoint=options.layer_checkpoint
+    )
+    return unit_norm(states) if options.normalize else states
+
+
+def local_loss(
+    graph: nnx.GraphDef, options: LossOptions, queries: int, hooks: Hooks
+) -> Callable[[nnx.State, nnx.State, Batch], tuple[Float[Array, ""], Float[Array, "2 data_sets"]]]:
+    """A function of (trainable, frozen, this chip's part of a batch): this chip's share of the mean loss over `queries`.
+
+    Its second result is this chip's sum of losses, and number of queries, of each data set.
+    """
+
+    def loss(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        model = nnx.merge(graph, trainable, frozen)
+
+        def embed(chunk: tuple[Array, Array, Array]) -> Array:
+            return embed_rows(model, *chunk, options, hooks)
+
+        if options.chunk_checkpoint != "none" and batch.tokens.shape[0] > 1:
+            embed = jax.checkpoint(embed, policy=LAYER_CHECKPOINTS[options.chunk_checkpoint])
+        embedded = jax.lax.map(embed, (batch.tokens, batch.segments, batch.last))
+        everyone = hooks.everyone(embedded.reshape(-1, embedded.shape[-1])[batch.pick])
+        losses = info_nce(
+            everyone[batch.own],
+            everyone[batch.candidates],
+            batch.positives,
+            batch.valid,
+            options.temperature,
+            options.tile or automatic_tile(queries, batch.candidates.size),
+        )
+        members = batch.data_set == jnp.arange(options.data_sets)[:, None]
+        by_data_set = jnp.stack([jnp.where(members, losses, 0.0).sum(1), members.sum(1).astype(jnp.float32)])
+        return losses.sum() / queries, by_data_set
+
+    return loss
+
+
+def manual(specs: Any) -> Any:
+    """The specs without `tensor`, which stays in the compiler's hands inside the `shard_map`."""
+    keep = lambda spec: PartitionSpec(*(axis if axis in BATCH_AXES else None for axis in spec))  # noqa: E731
+    return jax.tree.map(keep, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def missing_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """The batch axes over which an array of this spec is the same on every chip."""
+    return tuple(axis for axis in BATCH_AXES if axis not in jax.tree.leaves(tuple(spec)))
+
+
+def global_value_and_grad(
+    graph: nnx.GraphDef,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    options: LossOptions,
+    queries: int,
+    mesh: Mesh,
+    check_vma: bool = False,
+) -> Callable[[nnx.State, nnx.State, Batch], tuple[tuple[Array, Array], nnx.State]]:
+    """((mean loss, loss sums and counts by data set), gradient of the trainable part) of a global batch.
+
+    Args:
+        trainable, frozen: the split state, real or abstract; only its axes are read.
+        check_vma: False where a Pallas kernel runs inside; True in the tests on CPU of this same code.
+    """
+    trainable_specs, frozen_specs = manual(partition_specs(trainable)), manual(partition_specs(frozen))
+    chip_loss = local_loss(graph, options, queries, Chips())
+
+    def each(function: Callable[..., Array], tree: Any, specs: Any) -> Any:
+        apply = lambda x, spec: function(x, missing_axes(spec)) if missing_axes(spec) else x  # noqa: E731
+        return jax.tree.map(apply, tree, specs)
+
+    def per_chip(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> Any:
+        vary = partial(jax.lax.pcast, to="varying")  # changes types alone: nothing may be summed inside a loop
+        trainable, frozen = each(vary, trainable, trainable_specs), each(vary, frozen, frozen_specs)
+        batch = dataclasses.replace(
+            batch, candidates=vary(batch.candidates, BATCH_AXES), valid=vary(batch.valid, BATCH_AXES)
+        )
+        (loss, by_data_set), gradient = jax.value_and_grad(chip_loss, has_aux=True)(trainable, frozen, batch)
+        gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+        return jax.lax.psum((loss, by_data_set), BATCH_AXES), each(jax.lax.psum, gradient, trainable_specs)
+
+    return jax.shard_map(
+        per_chip,
+        mesh=mesh,
+        in_specs=(trainable_specs, frozen_specs, BATCH_SPECS),
+        out_specs=((PartitionSpec(), PartitionSpec()), trainable_specs),
+        axis_names=set(BATCH_AXES),
+        check_vma=check_vma,
+    )

@@ -1,0 +1,60 @@
+import subprocess
+import sys
+import types
+
+import pytest
+
+from jaxembed import __main__ as script
+from jaxembed.errors import InputError
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """A command `echo` that returns the number of its arguments, and fails as asked."""
+
+    def main(argv):
+        if argv == ["bad"]:
+            raise InputError("config.yaml:3: loss.temperature: expected a number greater than 0, found -1")
+        if argv == ["bug"]:
+            raise RuntimeError("a bug")
+        return len(argv)
+
+    module = types.ModuleType("jaxembed.echo")
+    module.__dict__["main"] = main
+    monkeypatch.setitem(sys.modules, "jaxembed.echo", module)
+    monkeypatch.setitem(script.COMMANDS, "echo", "counts")
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["--x.y", "3", "--help"]])
+def test_the_rest_of_the_arguments_goes_to_the_command(echo, arguments):
+    assert script.main(["echo", *arguments]) == len(arguments)
+
+
+def test_an_input_error_is_its_message_and_status_2(echo, capsys):
+    assert script.main(["echo", "bad"]) == 2
+    assert capsys.readouterr().err == (
+        "error: config.yaml:3: loss.temperature: expected a number greater than 0, found -1\n"
+    )
+
+
+def test_any_other_error_keeps_its_traceback(echo):
+    with pytest.raises(RuntimeError, match="a bug"):
+        script.main(["echo", "bug"])
+
+
+def test_unknown_command_names_the_closest(capsys):
+    assert script.main(["trian", "config.yaml"]) == 2
+    assert capsys.readouterr().err == "error: trian: no such command; did you mean train?\n"
+
+
+def test_no_command_is_an_error_with_help(capsys):
+    assert script.main([]) == 2
+    assert "usage: jaxembed COMMAND" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands_and_version_the_version():
+    run = [sys.executable, "-m", "jaxembed"]
+    text = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(f"  {name}  {line}" in text for name, line in script.COMMANDS.items())
+    version = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout
+    assert version.startswith("jaxembed ")

@@ -1,0 +1,147 @@
+"""`jaxembed.text.format`: values that refuse nonsense, and formats read from other people's directories."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxembed.errors import InputError
+from jaxembed.text.format import (
+    DEFAULT_TEXT_FORMAT,
+    TEXT_FORMAT_FILE,
+    UDEVER,
+    UDEVER_MARKERS,
+    Role,
+    TextFormat,
+    read_text_format,
+    write_text_format,
+)
+
+prefixes = st.builds(Role, prefix=st.text(max_size=9), instruction=st.text(max_size=9))
+text_formats = st.builds(
+    TextFormat,
+    prefixes,
+    prefixes,
+    st.integers(1, 9999),
+    normalize=st.booleans(),
+    literal_markers=st.sampled_from(["token", "text"]),
+)
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def sentence_transformers_directory(path: Path, pooling: dict, normalize: bool = True, **transformer: object) -> Path:
+    modules = ["models.Transformer", "models.Pooling", *(["models.Normalize"] if normalize else [])]
+    names = ["", "1_Pooling", "2_Normalize"]
+    write(
+        path / "modules.json",
+        [
+            {"idx": index, "name": str(index), "path": names[index], "type": f"sentence_transformers.{module}"}
+            for index, module in enumerate(modules)
+        ],
+    )
+    write(path / "1_Pooling" / "config.json", pooling)
+    write(path / "sentence_bert_config.json", {"max_seq_length": 77, "do_lower_case": False, **transformer})
+    return path
+
+
+@given(text_formats)
+def test_dict_gives_the_value_back(text_format: TextFormat) -> None:
+    assert TextFormat.from_dict(json.loads(json.dumps(text_format.to_dict()))) == text_format
+
+
+@pytest.mark.parametrize("text_format", [DEFAULT_TEXT_FORMAT, UDEVER])
+def test_file_gives_the_value_back(tmp_path: Path, text_format: TextFormat) -> None:
+    write_text_format(text_format, tmp_path)
+    assert read_text_format(tmp_path) == text_format
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"max_lenght": 3}, "max_lenght"),
+        ({"query": {"prefix": 3}}, "query.prefix"),
+        ({"document": {"postfix": ""}}, "postfix"),
+        ({"document": "passage: "}, "document"),
+        ({"max_length": 0}, "max_length"),
+        ({"max_length": "12"}, "max_length"),
+        ({"pooling": "mean"}, "pooling"),
+        ({"normalize": "yes"}, "normalize"),
+        ({"literal_markers": "drop"}, "literal_markers"),
+        ({"query": {"suffix": "[EOQ]"}}, "suffix"),
+        ([], "mapping"),
+    ],
+)
+def test_nonsense_is_refused_by_name(values: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        TextFormat.from_dict(values)
+
+
+def test_unknown_role() -> None:
+    with pytest.raises(InputError, match="passage"):
+        UDEVER.role("passage")  # pyright: ignore[reportArgumentType]
+
+
+def test_udever_markers_in_the_tokenizer(tmp_path: Path) -> None:
+    write(tmp_path / "tokenizer.json", {"added_tokens": [{"id": 9, "content": marker} for marker in UDEVER_MARKERS]})
+    assert read_text_format(tmp_path) == UDEVER
+    write_text_format(DEFAULT_TEXT_FORMAT, tmp_path)
+    assert read_text_format(tmp_path) == DEFAULT_TEXT_FORMAT
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [{"pooling_mode": "lasttoken"}, {"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}],
+)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("document", ["document", "passage"])
+def test_sentence_transformers_files(tmp_path: Path, pooling: dict, normalize: bool, document: str) -> None:
+    path = sentence_transformers_directory(tmp_path, pooling, normalize)
+    write(path / "config_sentence_transformers.json", {"prompts": {"query": "q: ", document: "d: "}})
+    expected = TextFormat(Role("q: "), Role("d: "), 77, normalize=normalize)
+    assert read_text_format(path) == expected
+
+
+def test_maximum_length_from_the_tokenizer(tmp_path: Path) -> None:
+    path = sentence_transformers_directory(tmp_path, {"pooling_mode": "lasttoken"}, max_seq_length=None)
+    with pytest.raises(InputError, match="max_length"):
+        read_text_format(path)
+    write(path / "tokenizer_config.json", {"model_max_length": 1e30})
+    with pytest.raises(InputError, match="max_length"):
+        read_text_format(path)
+    write(path / "tokenizer_config.json", {"model_max_length": 64})
+    assert read_text_format(path) == TextFormat(max_length=64)
+
+
+def test_other_pooling_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"1_Pooling.*'mean_tokens'.*last"):
+        read_text_format(sentence_transformers_directory(tmp_path, {"pooling_mode_mean_tokens": True}))
+
+
+def test_foreign_chat_template_is_refused(tmp_path: Path) -> None:
+    path = sentence_transformers_directory(tmp_path, {"pooling_mode": "lasttoken"}, modality_config={"message": {}})
+    with pytest.raises(InputError, match="chat template"):
+        read_text_format(path)
+
+
+def test_foreign_module_is_refused(tmp_path: Path) -> None:
+    path = sentence_transformers_directory(tmp_path, {"pooling_mode": "lasttoken"})
+    write(path / "modules.json", [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}])
+    with pytest.raises(InputError, match="Dense"):
+        read_text_format(path)
+
+
+def test_nothing_found_says_how_to_give_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="text_format"):
+        read_text_format(tmp_path)
+
+
+def test_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / TEXT_FORMAT_FILE).write_text("{")
+    with pytest.raises(InputError, match=TEXT_FORMAT_FILE):
+        read_text_format(tmp_path)
