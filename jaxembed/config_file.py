@@ -59,7 +59,7 @@ def read_config(
 
 def dump_config(config: BaseModel) -> str:
     """The config as YAML with every key, which `read_config` reads back as the same config."""
-    return yaml.safe_dump(_escaped(config.model_dump()), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(_escaped(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def options_help(model: _Model) -> str:
@@ -77,6 +77,10 @@ def options_help(model: _Model) -> str:
     return "\n".join(lines)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts text into quotes that YAML 1.1 or 1.2 would read as something else."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core types: `off` and `10:13` are text, `1e-4` is a number. A key given twice is an error."""
 
@@ -86,13 +90,11 @@ class _Loader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.constructor.ConstructorError(
-                    problem="found a key that is not text", problem_mark=key.start_mark
-                )
+                problem = "found a key that is not text"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value} stands there a second time", problem_mark=key.start_mark
-                )
+                problem = f"the key {key.value} stands there a second time"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -110,7 +112,8 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
     ("merge", r"<<", ["<"]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def _read_yaml(file: epath.Path) -> tuple[dict[str, Any], dict[_Keys, int]]:

@@ -7,7 +7,7 @@ Parameters, optimiser state and batches are global arrays over a (`data`, `fsdp`
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,7 @@ def check_divisible(state: nnx.State, mesh: Mesh) -> None:
                 )
 
 
+@runtime_checkable
 class Hooks(Protocol):
     """What the decoder and the loss ask of their surroundings."""
 

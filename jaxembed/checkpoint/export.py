@@ -261,7 +261,7 @@ def _write_modules(directory: Path, text_format: TextFormat, width: int) -> None
         (directory / path).mkdir()
     pooling = {
         "word_embedding_dimension": width,
-        **{f"pooling_mode_{mode}": mode == "mean_tokens" for mode in _POOLING_MODES},
+        **{f"pooling_mode_{mode}": mode == "lasttoken" for mode in _POOLING_MODES},
         "include_prompt": True,
         "pooling_mode": "lasttoken",  # sentence-transformers 6 reads this one
     }

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from jaxembed.text.format import Role, TextFormat
 
@@ -54,7 +54,7 @@ def model_card(
     if training_data:
         parts += ["## Training data", _table(training_data)]
     if config:
-        parts += ["## Configuration", _fenced("yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))]
+        parts += ["## Configuration", _fenced("yaml", _yaml(config))]
     if versions:
         parts += ["## Versions", _table([{"package": package, "version": of} for package, of in versions.items()])]
     return "\n\n".join(parts) + "\n"
@@ -76,11 +76,11 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
 
 
 def _introduction(text_format: TextFormat, dim: int, description: str, base_model: str | None) -> str:
-    origin = f"`{base_model}`, finetuned" if base_model else "a decoder trained from scratch"
+    origin = f"finetuned from `{base_model}`" if base_model else "trained from scratch"
     length = "of unit length" if text_format.normalize else "not normalised"
     facts = (
-        f"A text embedder made with jaxembed: {origin} contrastively. An embedding is the hidden state of the last "
-        f"token, {dim} numbers, {length}; compare them by cosine similarity. Texts are cut at "
+        f"A text embedder made with jaxembed, {origin}. An embedding is the hidden state of the last token, "
+        f"{dim} numbers, {length}; compare them by cosine similarity. Texts are cut at "
         f"{text_format.max_length} tokens."
     )
     return f"{description.strip()}\n\n{facts}" if description.strip() else facts
@@ -137,6 +137,10 @@ def _cell(value: Any) -> str:
 def _code(text: str) -> str:
     quoted = json.dumps(text, ensure_ascii=False)
     return f"`` {quoted} ``" if "`" in quoted else f"`{quoted}`"
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
 def _fenced(language: str, text: str) -> str:

@@ -69,19 +69,14 @@ class TextFormat:
     literal_markers: LiteralMarkers = "token"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_length, int) or isinstance(self.max_length, bool) or self.max_length < 1:
-            raise InputError(f"text format: max_length: expected a whole number of tokens ≥ 1, got {self.max_length!r}")
-        if self.pooling != "last":
-            raise InputError(f'text format: pooling: only "last" is supported yet, got {self.pooling!r}')
-        if self.literal_markers not in get_args(LiteralMarkers):
-            raise InputError(f'text format: literal_markers: expected "token" or "text", got {self.literal_markers!r}')
+        _check(vars(self), "text format")
         if bool(self.query.suffix) != bool(self.document.suffix):
             raise InputError(
                 "text format: suffix: give both roles a suffix token, or neither (then the tokenizer's post-processor "
                 f"adds the end token); got query {self.query.suffix!r}, document {self.document.suffix!r}"
             )
 
-    def role(self, name: RoleName) -> Role:
+    def role(self, name: str) -> Role:
         """The role of that name.
 
         Raises:
@@ -101,7 +96,7 @@ class TextFormat:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "text format") -> TextFormat:
+    def from_dict(cls, values: Any, where: str = "text format") -> TextFormat:
         """Reads what `to_dict` wrote, or the `text_format` part of a config; keys left out take their defaults.
 
         Raises:
@@ -115,9 +110,20 @@ class TextFormat:
                     if not isinstance(value, str):
                         raise InputError(f"{where}: {name}.{key}: expected a string, got {value!r}")
                 values[name] = Role(**role)
-        if not isinstance(values.get("normalize", True), bool):
-            raise InputError(f"{where}: normalize: expected true or false, got {values['normalize']!r}")
+        _check(values, where)
         return cls(**values)
+
+
+def _check(values: Mapping[str, Any], where: str) -> None:
+    length = values.get("max_length", 1)
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise InputError(f"{where}: max_length: expected a whole number of tokens ≥ 1, got {length!r}")
+    if values.get("pooling", "last") != "last":
+        raise InputError(f'{where}: pooling: only "last" is supported yet, got {values["pooling"]!r}')
+    if not isinstance(values.get("normalize", True), bool):
+        raise InputError(f"{where}: normalize: expected true or false, got {values['normalize']!r}")
+    if values.get("literal_markers", "token") not in get_args(LiteralMarkers):
+        raise InputError(f'{where}: literal_markers: expected "token" or "text", got {values["literal_markers"]!r}')
 
 
 def _known(cls: type, values: Any, where: str) -> Mapping[str, Any]:

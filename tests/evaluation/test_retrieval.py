@@ -64,7 +64,7 @@ def test_ndcg_agrees_with_scikit_learn():
     queries, documents = rng.standard_normal((40, 8), np.float32), rng.standard_normal((300, 8), np.float32)
     truth = rng.random((40, 300)) < 0.05
     truth[:, 0] |= ~truth.any(axis=1)
-    found = retrieval_metrics(queries, documents, [set(np.flatnonzero(row)) for row in truth])
+    found = retrieval_metrics(queries, documents, [set(np.flatnonzero(row).tolist()) for row in truth])
     assert found["ndcg@10"] == pytest.approx(ndcg_score(truth, queries @ documents.T, k=10), abs=1e-9)
 
 

@@ -77,14 +77,19 @@ def test_file_gives_the_value_back(tmp_path: Path, text_format: TextFormat) -> N
         ([], "mapping"),
     ],
 )
-def test_nonsense_is_refused_by_name(values: dict, named: str) -> None:
+def test_nonsense_is_refused_by_name(values: object, named: str) -> None:
     with pytest.raises(InputError, match=named):
         TextFormat.from_dict(values)
 
 
+def test_the_place_is_named() -> None:
+    with pytest.raises(InputError, match=r"^run\.yaml: max_length: .* ≥ 1, got -1$"):
+        TextFormat.from_dict({"max_length": -1}, where="run.yaml")
+
+
 def test_unknown_role() -> None:
     with pytest.raises(InputError, match="passage"):
-        UDEVER.role("passage")  # pyright: ignore[reportArgumentType]
+        UDEVER.role("passage")
 
 
 def test_udever_markers_in_the_tokenizer(tmp_path: Path) -> None:

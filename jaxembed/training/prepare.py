@@ -1,0 +1,159 @@
+"""What a run needs before its first step: examples, tokenizer, decoder, batches. Each from the config alone."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxembed.checkpoint.pretrained import Decoder, find_directory, load_decoder, random_decoder
+from jaxembed.config import DataConfig, JsonlSource, PythonSource, TrainConfig
+from jaxembed.data.loader import CHUNK_TOKENS, Batches, choose_layout, sample_lengths, tokenize_examples
+from jaxembed.data.plan import run_plan
+from jaxembed.data.python_source import harvest_python
+from jaxembed.data.sources import Examples, read_jsonl, summary
+from jaxembed.errors import InputError
+from jaxembed.models import FAMILIES
+from jaxembed.text.format import Role, TextFormat
+from jaxembed.text.tokenizer import TextTokenizer, load_tokenizer, train_byte_level_bpe
+
+logger = logging.getLogger(__name__)
+
+
+def read_sources(sources: Sequence[JsonlSource | PythonSource], config: DataConfig) -> list[Examples]:
+    """The examples of each source, with one logged line of counts for each.
+
+    Raises:
+        InputError: a source that is missing, empty, or has a bad row while `data.bad_rows` is "error".
+    """
+    found = []
+    for source in sources:
+        if isinstance(source, JsonlSource):
+            examples = read_jsonl(
+                source.path,
+                name=source.name,
+                anchor=source.anchor,
+                positive=source.positive,
+                negatives=source.negatives,
+                bad_rows=config.bad_rows,
+            )
+        else:
+            examples = harvest_python(
+                name=source.name,
+                path=source.path,
+                packages=source.packages,
+                held_out=source.held_out,
+                part=source.part,
+            )
+        logger.info("%s", summary(examples))
+        found.append(examples)
+    return found
+
+
+def configured_format(config: TrainConfig) -> TextFormat | None:
+    """The text format of the config, None where it leaves it to the model."""
+    section = config.text_format
+    if section is None:
+        return None
+    role = lambda values: Role(values.prefix, values.suffix, values.instruction)  # noqa: E731
+    return TextFormat(
+        query=role(section.query),
+        document=role(section.document),
+        max_length=section.max_length,
+        pooling=section.pooling,
+        normalize=section.normalize,
+        literal_markers=section.literal_markers,
+    )
+
+
+def prepare_tokenizer(config: TrainConfig, examples: Sequence[Examples], saved: epath.Path) -> TextTokenizer:
+    """The model's tokenizer, a given one, or one trained on the training texts; kept in `saved` for a resumed run."""
+    text_format = configured_format(config)
+    if (saved / "tokenizer.json").exists():
+        return TextTokenizer.from_directory(saved)
+    if config.model.path is not None:
+        directory = find_directory(config.model.path)
+        tokenizer = TextTokenizer.from_directory(directory, text_format)
+    else:
+        text_format = text_format or TextFormat(Role("query: "), Role("document: "))
+        if config.tokenizer.path is not None:
+            path = epath.Path(config.tokenizer.path)
+            raw = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+        else:
+            assert config.tokenizer.train_vocab_size is not None
+            texts = (text for source in examples for column in (source.anchors, source.positives) for text in column)
+            raw = train_byte_level_bpe(texts, config.tokenizer.train_vocab_size)
+        tokenizer = TextTokenizer(raw, text_format)
+    saved.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(saved)
+    return tokenizer
+
+
+def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, dtype: Any) -> Decoder:
+    """The decoder to train, its parameters float32 (`dtype` for one whose parameters all stay frozen but the biases)."""
+    if config.model.path is not None:
+        return load_decoder(find_directory(config.model.path), dtype=dtype, mesh=mesh)
+    scratch = config.model.scratch
+    assert scratch is not None
+    family = FAMILIES[scratch.family]
+    vocab_size = scratch.vocab_size or -(-tokenizer.vocab_size // 8) * 8
+    if vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"model.scratch.vocab_size: {vocab_size:,} rows are too few for the tokenizer's {tokenizer.vocab_size:,} tokens"
+        )
+    shape = family.config(
+        vocab_size=vocab_size,
+        dim=scratch.dim,
+        layers=scratch.layers,
+        heads=scratch.heads,
+        epsilon=scratch.layer_norm_epsilon,
+    )
+    return random_decoder(family, shape, config.seed, mesh)
+
+
+def prepare_batches(
+    config: TrainConfig, examples: Sequence[Examples], tokenizer: TextTokenizer, mesh: Mesh, dim: int
+) -> Batches:
+    """Tokenises what is not in the cache, draws the plan, chooses the layout.
+
+    Raises:
+        InputError: fewer pairs than a batch, or a batch or row length that does not fit mesh and texts.
+    """
+    chips = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.training.batch_size % chips:
+        raise InputError(
+            f"training.batch_size: {config.training.batch_size} is not a multiple of the {chips} devices "
+            "that share the batch (mesh.data × mesh.fsdp)"
+        )
+    cache_dir = os.path.expanduser(config.data.cache_dir or "~/.cache/jaxembed/tokens")
+    weights = [source.weight for source in config.data.train]
+    table, data_sets = tokenize_examples(examples, weights, tokenizer, cache_dir, config.training.negatives)
+    schedule = run_plan(
+        data_sets,
+        table.hashes,
+        config.training.batch_size,
+        config.seed,
+        epochs=config.training.epochs,
+        steps=config.training.steps,
+    )
+    texts = np.concatenate([data_set.texts for data_set in data_sets])
+    which = np.repeat(np.arange(len(data_sets)), [len(data_set.texts) for data_set in data_sets])
+    longest = int(table.lengths.max())
+    if config.training.row_length is not None and config.training.row_length < longest:
+        raise InputError(
+            f"training.row_length: {config.training.row_length} is shorter than the longest text, {longest} tokens; "
+            "raise it or lower text_format.max_length"
+        )
+    layout = choose_layout(
+        sample_lengths(schedule, table, texts),
+        chips=chips,
+        dim=dim,
+        chunk_tokens=CHUNK_TOKENS.get(jax.default_backend(), CHUNK_TOKENS["gpu"]),
+        row_length=config.training.row_length,
+        chunk_rows=config.training.chunk_rows,
+    )
+    return Batches(schedule, table, texts, which, layout, tokenizer.pad_id)
