@@ -5,6 +5,8 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, overload
 
 import jax
@@ -188,9 +190,7 @@ class Embedder:
         """`encode` in the role of a document."""
         return self.encode(sentences, "document", **kwargs)
 
-    def similarity(
-        self, a: Float[np.ndarray, "*a dim"], b: Float[np.ndarray, "*b dim"]
-    ) -> Float[np.ndarray, "as bs"]:
+    def similarity(self, a: Float[np.ndarray, "*a dim"], b: Float[np.ndarray, "*b dim"]) -> Float[np.ndarray, "as bs"]:
         """Cosine of every vector of `a` with every one of `b`."""
         a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
         unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)  # noqa: E731
@@ -225,14 +225,14 @@ class Embedder:
             tokenizer=self.tokenizer,
             tokenizer_class=decoder.family.tokenizer_class,
             write_weights=write_weights,
-            model_card=card or model_card(name=os.path.basename(os.path.normpath(path)), text_format=self.text_format),
+            model_card=card or model_card(name=Path(path).name, text_format=self.text_format, dim=self.dim),
             overwrite=overwrite,
         )
         if not verify:
             return None
         plain = Embedder(decoder, self.tokenizer, dtype="float32")
         plain.replace_state(jax.tree.map(lambda x: x.astype(jnp.float32), self._state))
-        return verify_export(path, lambda texts, role: plain.encode(texts, role), self.tokenizer)
+        return verify_export(path, plain.encode, self.tokenizer)
 
     def _flat_state(self) -> dict[tuple[str, ...], Array]:
         return {tuple(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(self._state)}
@@ -245,7 +245,7 @@ class Embedder:
         tokens = batch_size * longest if batch_size else CALL_TOKENS.get(jax.default_backend(), CALL_TOKENS["gpu"])
         shapes = call_shapes(longest, tokens)
         starts = [0, *range(_FIRST_WINDOW, len(texts), _WINDOW), len(texts)]
-        windows = [range(a, b) for a, b in zip(starts, starts[1:]) if a < b]
+        windows = [range(a, b) for a, b in pairwise(starts) if a < b]
         waiting: deque[tuple[np.ndarray, Array]] = deque()
 
         def finished() -> tuple[list[int], Float[np.ndarray, "some dim"]]:
@@ -262,7 +262,8 @@ class Embedder:
                 for shape, members in plan_calls(np.array([len(x) for x in ids]), shapes):
                     if shape not in self.compiled_shapes:
                         self.compiled_shapes.add(shape)
-                        logger.info("compiling for %d × %d tokens (%d shapes)", *_size(shape), len(self.compiled_shapes))
+                        size, count = f"{shape.rows} × {shape.length}", len(self.compiled_shapes)
+                        logger.info("compiling for rows of %s tokens, shape %d of %d", size, count, len(shapes))
                     rows = fill_rows(ids, members, shape, self.tokenizer.pad_id)
                     which = np.where(rows.texts >= 0, rows.texts + window.start, -1)
                     waiting.append((which, self._embed(self._state, rows.tokens, rows.segments, rows.last)))
@@ -270,7 +271,3 @@ class Embedder:
                         yield finished()
             while waiting:
                 yield finished()
-
-
-def _size(shape: RowShape) -> tuple[int, int]:
-    return shape.rows, shape.length

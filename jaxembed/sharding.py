@@ -52,8 +52,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         raise InputError(
-            f"mesh: data × fsdp × tensor = {' × '.join(map(str, sizes))} does not make the {len(devices)} devices here; "
-            "set one of them to -1"
+            f"mesh: data × fsdp × tensor = {' × '.join(map(str, sizes))} does not make the {len(devices)} devices "
+            "that are here; set one of them to -1"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -98,9 +98,7 @@ class Hooks(Protocol):
         """A whole matrix in the dtype of the computation."""
         ...
 
-    def lookup(
-        self, table: nnx.Param, ids: Int[Array, "rows length"], dtype: Any
-    ) -> Float[Array, "rows length dim"]:
+    def lookup(self, table: nnx.Param, ids: Int[Array, "rows length"], dtype: Any) -> Float[Array, "rows length dim"]:
         """Rows of the vocabulary table."""
         ...
 

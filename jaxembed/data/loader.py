@@ -112,7 +112,8 @@ def choose_layout(
     """
     longest = int(max(lengths.max() for lengths in batches))
     smallest = -(-longest // 16) * 16
-    candidates = [row_length] if row_length else sorted({-(-int(f * smallest) // 16) * 16 for f in (1, 1.25, 1.5, 2, 3, 4)})
+    multiples = {-(-int(factor * smallest) // 16) * 16 for factor in (1, 1.25, 1.5, 2, 3, 4)}
+    candidates = [row_length] if row_length else sorted(multiples)
     best: tuple[float, RowLayout] | None = None
     for length in candidates:
         slots = min(length, max(4, length // max(4, int(np.percentile(np.concatenate(batches), 5)))))
@@ -151,7 +152,9 @@ class Batches:
         return {**fields, "step": int(step)}
 
 
-def sample_lengths(schedule: Schedule, table: TextTable, texts: Int[np.ndarray, "examples columns"]) -> list[np.ndarray]:
+def sample_lengths(
+    schedule: Schedule, table: TextTable, texts: Int[np.ndarray, "examples columns"]
+) -> list[Int[np.ndarray, " texts"]]:
     """Lengths of the texts of a few batches of the first epoch, spread over it."""
     steps = min(schedule.steps, schedule.steps_per_epoch)
     chosen = np.unique(np.linspace(0, steps - 1, min(steps, _SAMPLED_BATCHES)).astype(int))
@@ -171,7 +174,7 @@ def pack_batch(
     Rows are dealt to the chips so that each holds about as many texts; texts are numbered anchors first, then the
     documents column by column, and keep these numbers whatever the chip they lie on.
     """
-    examples, columns = texts.shape
+    examples = len(texts)
     flat = texts.T.ravel()
     present = np.flatnonzero(flat >= 0)
     ids = [table[int(text)] for text in flat[present]]

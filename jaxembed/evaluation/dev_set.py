@@ -38,7 +38,7 @@ class DevSet:
         return cls(examples.name, list(relevant), documents, ids, list(relevant.values()))
 
     def evaluate(self, embedder: Embedder, *, temperature: float, batch_size: int) -> dict[str, float]:
-        """mrr@10, ndcg@10, recall@1/10/100, and the loss: InfoNCE within batches of `batch_size` pairs, in file order."""
+        """mrr@10, ndcg@10, recall@1/10/100, and the loss: InfoNCE within batches of `batch_size` pairs."""
         queries = embedder.encode_query(self.queries, show_progress_bar=False)
         documents = embedder.encode_document(self.documents, show_progress_bar=False)
         metrics = retrieval_metrics(queries, documents, self.relevant)
@@ -59,9 +59,8 @@ class DevSet:
         documents = embedder.encode_document(self.documents, show_progress_bar=False)
         scores = embedder.similarity(found, documents)
         best = top_documents(found, documents, min(hits, len(documents)))
-        return [
-            [(float(row[i]), self.ids[i], self.documents[i]) for i in which] for row, which in zip(scores, best.tolist())
-        ]
+        hit = lambda row, document: (float(row[document]), self.ids[document], self.documents[document])  # noqa: E731
+        return [[hit(row, document) for document in which] for row, which in zip(scores, best.tolist())]
 
 
 def _loss(

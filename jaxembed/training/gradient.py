@@ -89,9 +89,9 @@ def embed_rows(
 def local_loss(
     graph: nnx.GraphDef, options: LossOptions, queries: int, hooks: Hooks
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[Float[Array, ""], Float[Array, "2 data_sets"]]]:
-    """A function of (trainable, frozen, this chip's part of a batch): this chip's share of the mean loss over `queries`.
+    """A function of (trainable, frozen, this chip's part of a batch): its share of the mean loss over all `queries`.
 
-    Its second result is this chip's sum of losses, and number of queries, of each data set.
+    The second result is this chip's sum of losses, and number of queries, of each data set.
     """
 
     def loss(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:

@@ -21,7 +21,8 @@ class MetricsWriter:
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= after_step]
         self._path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = open(self._path, "a", buffering=1) if os.path.exists(self._path) else None  # a bucket has no append
+        local = os.path.exists(self._path)  # a bucket cannot append
+        self._file = open(self._path, "a", buffering=1) if local else None  # noqa: SIM115 (closed on leaving)
         self._rows = kept
         self._events: Any = None
         if tensorboard:
@@ -40,7 +41,7 @@ class MetricsWriter:
             self._path.write_text("".join(f"{row}\n" for row in self._rows))
         if self._events is not None:
             for name, value in named.items():
-                self._events.add_scalar(name, value, step)
+                self._events.add_scalar(name.replace("@", "_at_"), value, step)  # TensorBoard refuses @
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from jaxembed.data.python_source import harvest_python
 from jaxembed.data.sources import Examples, read_jsonl, summary
 from jaxembed.errors import InputError
 from jaxembed.models import FAMILIES
-from jaxembed.text.format import Role, TextFormat
-from jaxembed.text.tokenizer import TextTokenizer, load_tokenizer, train_byte_level_bpe
+from jaxembed.text.format import DEFAULT_TEXT_FORMAT, Role, TextFormat
+from jaxembed.text.tokenizer import TextTokenizer, load_tokenizer, train_byte_level_bpe, with_end_token
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,9 @@ def prepare_tokenizer(config: TrainConfig, examples: Sequence[Examples], saved: 
     if (saved / "tokenizer.json").exists():
         return TextTokenizer.from_directory(saved)
     if config.model.path is not None:
-        directory = find_directory(config.model.path)
-        tokenizer = TextTokenizer.from_directory(directory, text_format)
+        tokenizer = _tokenizer_of_model(find_directory(config.model.path), text_format)
     else:
-        text_format = text_format or TextFormat(Role("query: "), Role("document: "))
+        text_format = text_format or DEFAULT_TEXT_FORMAT
         if config.tokenizer.path is not None:
             path = epath.Path(config.tokenizer.path)
             raw = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
@@ -93,8 +93,27 @@ def prepare_tokenizer(config: TrainConfig, examples: Sequence[Examples], saved: 
     return tokenizer
 
 
+def _tokenizer_of_model(directory: Path, text_format: TextFormat | None) -> TextTokenizer:
+    """In the given format, else the directory's own, else the default one, with an end token where there is none."""
+    if text_format is None:
+        try:
+            return TextTokenizer.from_directory(directory)
+        except InputError as error:
+            logger.info("%s; using the default text format", error)
+            text_format = DEFAULT_TEXT_FORMAT
+    try:
+        return TextTokenizer.from_directory(directory, text_format)
+    except InputError:
+        end = "</s>"
+        raw = load_tokenizer(directory / "tokenizer.json")
+        if text_format.has_suffixes or raw.token_to_id(end) is None:
+            raise
+        logger.info("the tokenizer adds no end token; every text will end with %s", end)
+        return TextTokenizer(with_end_token(raw, end), text_format)
+
+
 def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, dtype: Any) -> Decoder:
-    """The decoder to train, its parameters float32 (`dtype` for one whose parameters all stay frozen but the biases)."""
+    """The decoder to train, loaded or with random weights, its parameters in `dtype`."""
     if config.model.path is not None:
         return load_decoder(find_directory(config.model.path), dtype=dtype, mesh=mesh)
     scratch = config.model.scratch
@@ -103,7 +122,7 @@ def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, d
     vocab_size = scratch.vocab_size or -(-tokenizer.vocab_size // 8) * 8
     if vocab_size < tokenizer.vocab_size:
         raise InputError(
-            f"model.scratch.vocab_size: {vocab_size:,} rows are too few for the tokenizer's {tokenizer.vocab_size:,} tokens"
+            f"model.scratch.vocab_size: {vocab_size:,} rows are too few for {tokenizer.vocab_size:,} tokens"
         )
     shape = family.config(
         vocab_size=vocab_size,

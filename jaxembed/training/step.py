@@ -106,9 +106,7 @@ def make_step(
         return TrainState(updated, moments, state.step + 1), metrics
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(state_shardings(optimizer, trainable, mesh), everywhere)
-    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(optimizer, trainable, mesh), everywhere))
 
 
 def put_batch(fields: dict[str, Any], mesh: Mesh) -> Batch:

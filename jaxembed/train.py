@@ -1,0 +1,52 @@
+"""`python -m jaxembed.train CONFIG [--section.key value …]`: trains an embedder as a config file says."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+
+from jaxembed.__main__ import run_command
+from jaxembed.config import TrainConfig, load_config, options_help
+from jaxembed.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, runs, returns the exit status: 0 also after SIGTERM, 1 for a run that failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxembed.train",
+        description="Train an embedder as a config file says.",
+        epilog="options of the config file, each also on the command line:\n\n" + options_help(TrainConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its latest readable checkpoint")
+    arguments, overrides = parser.parse_known_args(argv)
+    if (arguments.config is None) == (arguments.resume is None):
+        parser.error("give a CONFIG, or --resume RUN_DIR")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("absl", "jax", "httpx", "bm25s", "datasets", "orbax", "sentence_transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if arguments.resume is not None:
+        path = epath.Path(arguments.resume) / "config.yaml"
+        if not path.exists():
+            raise InputError(f"--resume {arguments.resume}: no config.yaml there, so no run")
+        config = load_config(path, [*overrides, "--run_dir", arguments.resume])
+    else:
+        config = load_config(arguments.config, overrides)
+
+    from jaxembed.checkpoint.export import ExportError  # after the config is known to be good: JAX takes seconds
+    from jaxembed.checkpoint.orbax import CheckpointError
+    from jaxembed.training.loop import TrainingError, run
+
+    try:
+        run(config, resume=arguments.resume is not None)
+    except (TrainingError, CheckpointError, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
