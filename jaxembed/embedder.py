@@ -1,9 +1,11 @@
 """`Embedder`: texts in, embeddings out; what notebooks, evaluation and users hold in their hands."""
 
+import dataclasses
+import functools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +19,12 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from jaxembed.checkpoint.export import Verification, verify_export, write_sentence_transformers
-from jaxembed.checkpoint.huggingface import iter_huggingface, weights_hash
+from jaxembed.checkpoint.huggingface import iter_huggingface, read_config, weights_hash
 from jaxembed.checkpoint.model_card import model_card
 from jaxembed.checkpoint.pretrained import Decoder, find_directory, load_decoder
 from jaxembed.checkpoint.safetensors import write_safetensors
 from jaxembed.errors import InputError
-from jaxembed.ops.norms import unit_norm
+from jaxembed.models import family_of
 from jaxembed.sharding import compute_dtype
 from jaxembed.text.format import RoleName, TextFormat
 from jaxembed.text.packing import RowShape, call_shapes, fill_rows, plan_calls
@@ -43,7 +45,7 @@ class Embedder:
     Attributes:
         model: the decoder, an `nnx.Module`.
         tokenizer: texts and role → token ids; holds the text format.
-        compiled_shapes: the shapes of packed rows that have been compiled so far; at most six.
+        compiled_shapes: the shapes of packed rows that have been compiled so far; at most six for each `batch_size`.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: TextTokenizer, *, dtype: Any = "auto") -> None:
@@ -52,8 +54,9 @@ class Embedder:
             dtype: of the computation: "float32", "bfloat16", or "auto" for what suits the device.
 
         Raises:
-            InputError: the tokenizer knows more tokens than the decoder.
+            InputError: the tokenizer knows more tokens than the decoder, or another dtype.
         """
+        dtype = _check_dtype(dtype)
         if tokenizer.vocab_size > decoder.config.vocab_size:
             raise InputError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, the decoder's vocabulary table only "
@@ -75,7 +78,7 @@ class Embedder:
         cls,
         model_name_or_path: str | os.PathLike[str],
         *,
-        text_format: TextFormat | None = None,
+        text_format: TextFormat | Mapping[str, Any] | None = None,
         dtype: Any = "auto",
         revision: str | None = None,
         token: str | bool | None = None,
@@ -85,16 +88,20 @@ class Embedder:
         """Loads a Hugging Face or sentence-transformers directory, or a hub id.
 
         Args:
-            text_format: instead of the one saved with the model.
+            text_format: instead of the one saved with the model; a `TextFormat`, or its keys as in a config.
             dtype: of the computation; parameters are bfloat16 where it is, else float32.
             revision, token, cache_dir, local_files_only: for the hub, as in transformers.
 
         Raises:
             InputError: the model is not there, damaged, not supported, or has no text format and none is given.
         """
+        dtype = _check_dtype(dtype)
         directory = find_directory(
             model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        family_of(read_config(directory))  # another architecture is the first thing to say
+        if text_format is not None and not isinstance(text_format, TextFormat):
+            text_format = TextFormat.from_dict(text_format, "text_format")
         tokenizer = TextTokenizer.from_directory(directory, text_format)
         decoder = load_decoder(directory, dtype=compute_dtype(dtype), progress=logger.isEnabledFor(logging.INFO))
         return cls(decoder, tokenizer, dtype=dtype)
@@ -114,7 +121,11 @@ class Embedder:
 
     @property
     def model_hash(self) -> str:
-        """SHA-256 of the decoder's weights under Hugging Face's names: the same in every container."""
+        """SHA-256 of the decoder's weights under Hugging Face's names: the same in every container.
+
+        Of the parameters as they are held: a bfloat16 file and its float32 copy have the same hash where both are
+        computed in float32.
+        """
         decoder = self.decoder
         return weights_hash(self._flat_state(), decoder.family.weight_map(decoder.config), decoder.config.layers)
 
@@ -125,11 +136,11 @@ class Embedder:
     @overload
     def encode(self, sentences: str, *args: Any, **kwargs: Any) -> Float[np.ndarray, " dim"]: ...
     @overload
-    def encode(self, sentences: Sequence[str], *args: Any, **kwargs: Any) -> Float[np.ndarray, "texts dim"]: ...
+    def encode(self, sentences: Iterable[str], *args: Any, **kwargs: Any) -> Float[np.ndarray, "texts dim"]: ...
 
     def encode(
         self,
-        sentences: str | Sequence[str],
+        sentences: str | Iterable[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
@@ -143,7 +154,8 @@ class Embedder:
         Args:
             sentences: one text, or any number of them. An empty text is a text like any other.
             prompt_name: the role, "query" or "document"; None is "query", also for symmetric tasks.
-            prompt: text to put before each text, after the role's own prefix, such as an instruction.
+            prompt: text to put before each text instead of the role's prompt, such as an instruction. Where roles have
+                markers (a suffix), the role's prefix stays before it.
             batch_size: rows of the longest length computed at once; None chooses for the device.
             show_progress_bar: None shows one for more than a thousand texts where INFO is logged.
             normalize_embeddings: unit length; None as the text format has it.
@@ -153,79 +165,94 @@ class Embedder:
             float32; one vector for one text.
 
         Raises:
-            InputError: something is not a text, an unknown role, or a `truncate_dim` beyond the model's.
+            InputError: something is not a text, an unknown role, or a number out of its range.
         """
         one = isinstance(sentences, str)
-        texts = [sentences] if one else list(sentences)
+        texts = _checked([sentences] if one else sentences)
         role: RoleName = "query" if prompt_name is None else prompt_name  # type: ignore[assignment]
         self.text_format.role(role)
-        dim = self.dim if truncate_dim is None else truncate_dim
-        if not 1 <= dim <= self.dim:
-            raise InputError(f"truncate_dim: expected 1 to {self.dim}, found {truncate_dim}")
+        dim = self.dim if truncate_dim is None else _whole_number("truncate_dim", truncate_dim, self.dim)
+        if batch_size is not None:
+            _whole_number("batch_size", batch_size)
+        if not isinstance(prompt, str | None):
+            raise InputError(f"prompt: expected a string, got {type(prompt).__name__}: {prompt!r:.80}")
+        tokenizer = self.tokenizer if prompt is None else _with_prompt(self.tokenizer, role, prompt)
         normalize = self.text_format.normalize if normalize_embeddings is None else normalize_embeddings
         if show_progress_bar is None:
             show_progress_bar = len(texts) > 1000 and logger.isEnabledFor(logging.INFO)
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"sentences[{index}]: expected a string, got {type(text).__name__}: {text!r:.80}")
         distinct = list(dict.fromkeys(texts))
         out = np.empty((len(distinct), dim), np.float32)
-        prompted = distinct if prompt is None else [prompt + text for text in distinct]
         with tqdm(total=len(distinct), unit="text", desc="encode", disable=not show_progress_bar) as bar:
-            for places, vectors in self._embed_all(prompted, role, batch_size):
+            for places, vectors in self._embed_all(distinct, tokenizer, role, batch_size):
                 out[places] = vectors[:, :dim]
                 bar.update(len(places))
         if normalize:
-            out = np.asarray(unit_norm(jnp.asarray(out))) if len(out) else out
+            out = _unit(out)
         if len(distinct) != len(texts):
             place = {text: index for index, text in enumerate(distinct)}
             out = out[[place[text] for text in texts]]
         return out[0] if one else out
 
-    def encode_query(self, sentences: str | Sequence[str], **kwargs: Any) -> Float[np.ndarray, "*texts dim"]:
+    def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> Float[np.ndarray, "*texts dim"]:
         """`encode` in the role of a query."""
         return self.encode(sentences, "query", **kwargs)
 
-    def encode_document(self, sentences: str | Sequence[str], **kwargs: Any) -> Float[np.ndarray, "*texts dim"]:
+    def encode_document(self, sentences: str | Iterable[str], **kwargs: Any) -> Float[np.ndarray, "*texts dim"]:
         """`encode` in the role of a document."""
         return self.encode(sentences, "document", **kwargs)
 
     def similarity(self, a: Float[np.ndarray, "*a dim"], b: Float[np.ndarray, "*b dim"]) -> Float[np.ndarray, "as bs"]:
-        """Cosine of every vector of `a` with every one of `b`."""
-        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
-        unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)  # noqa: E731
-        return unit(a) @ unit(b).T
+        """Cosine of every vector of `a` with every one of `b`.
+
+        Raises:
+            InputError: the two are not vectors of one width.
+        """
+        try:
+            a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        except ValueError as error:
+            raise InputError(f"similarity: expected embeddings, of texts that `encode` was given: {error}") from None
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+            raise InputError(f"similarity: expected embeddings of one width, found shapes {a.shape} and {b.shape}")
+        return _unit(a) @ _unit(b).T
 
     def save_pretrained(
         self, path: str | os.PathLike[str], *, card: str | None = None, overwrite: bool = False, verify: bool = True
     ) -> Verification | None:
         """Writes a sentence-transformers directory that transformers, vLLM and TEI read too.
 
+        Weights are written in the dtype in which they are held, `config.json` with the keys that it was read with.
+
         Args:
             card: its README.md; None writes a short one.
-            overwrite: replaces what is at `path`.
+            overwrite: replaces the model that is at `path`.
             verify: where sentence-transformers is installed, loads the directory there and compares.
 
         Returns:
             The comparison, None where sentence-transformers is not installed or `verify` is off.
 
         Raises:
-            InputError: `path` is not empty and `overwrite` is off.
+            InputError: `path` is not empty and `overwrite` is off, or it holds more than a model, or is no local path.
             ExportError: sentence-transformers reads the directory differently.
         """
+        if "://" in os.fspath(path):
+            raise InputError(f"{path}: a model is saved to a local directory; save it there, then copy it")
+        path = Path(path).expanduser().absolute()
         decoder = self.decoder
         rules = decoder.family.weight_map(decoder.config)
+        # Trained and frozen parameters may differ in dtype; readers cast all to the one that the config names.
+        widest = jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(self._state)))
+        config = {key: value for key, value in decoder.huggingface_config.items() if key != "dtype"}
 
         def write_weights(directory: str | os.PathLike[str]) -> None:
             write_safetensors(directory, *iter_huggingface(self._flat_state(), rules, decoder.config.layers))
 
         write_sentence_transformers(
             path,
-            huggingface_config=dict(decoder.huggingface_config),
+            huggingface_config={**config, "torch_dtype": widest.name},
             tokenizer=self.tokenizer,
             tokenizer_class=decoder.family.tokenizer_class,
             write_weights=write_weights,
-            model_card=card or model_card(name=Path(path).name, text_format=self.text_format, dim=self.dim),
+            model_card=card or model_card(name=path.name, text_format=self.text_format, dim=self.dim),
             overwrite=overwrite,
         )
         if not verify:
@@ -238,7 +265,7 @@ class Embedder:
         return {tuple(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(self._state)}
 
     def _embed_all(
-        self, texts: Sequence[str], role: RoleName, batch_size: int | None
+        self, texts: Sequence[str], tokenizer: TextTokenizer, role: RoleName, batch_size: int | None
     ) -> Iterator[tuple[list[int], Float[np.ndarray, "some dim"]]]:
         """Indices and raw vectors of all texts, in the order in which they are computed."""
         longest = self.text_format.max_length
@@ -252,8 +279,10 @@ class Embedder:
             which, vectors = waiting.popleft()
             return which[which >= 0].tolist(), np.asarray(vectors)[which >= 0]
 
+        def tokenize(window: range) -> list[np.ndarray]:
+            return tokenizer([texts[index] for index in window], role)
+
         with ThreadPoolExecutor(1) as background:
-            tokenize = lambda window: self.tokenizer([texts[i] for i in window], role)  # noqa: E731
             ahead = background.submit(tokenize, windows[0]) if windows else None
             for number, window in enumerate(windows):
                 assert ahead is not None
@@ -263,11 +292,64 @@ class Embedder:
                     if shape not in self.compiled_shapes:
                         self.compiled_shapes.add(shape)
                         size, count = f"{shape.rows} × {shape.length}", len(self.compiled_shapes)
-                        logger.info("compiling for rows of %s tokens, shape %d of %d", size, count, len(shapes))
-                    rows = fill_rows(ids, members, shape, self.tokenizer.pad_id)
+                        logger.info("compiling for rows of %s tokens, shape %d", size, count)
+                    rows = fill_rows(ids, members, shape, tokenizer.pad_id)
                     which = np.where(rows.texts >= 0, rows.texts + window.start, -1)
                     waiting.append((which, self._embed(self._state, rows.tokens, rows.segments, rows.last)))
                     if len(waiting) > _IN_FLIGHT:
                         yield finished()
             while waiting:
                 yield finished()
+
+
+def _checked(sentences: Any) -> list[str]:
+    """Any iterable of texts as a list of them."""
+    if isinstance(sentences, bytes | Mapping | Set) or not isinstance(sentences, Iterable):
+        raise InputError(f"sentences: expected a text or a list of texts, got {type(sentences).__name__}")
+    if isinstance(sentences, np.ndarray) and sentences.ndim != 1:
+        raise InputError(f"sentences: expected a list of texts, got an array of shape {sentences.shape}")
+    texts = list(sentences)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"sentences[{index}]: expected a string, got {type(text).__name__}: {text!r:.80}")
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"sentences[{index}]: not valid Unicode: {error}") from None
+    return texts
+
+
+def _whole_number(name: str, value: Any, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1 or (most and value > most):
+        expected = f"from 1 to {most}" if most else "of at least 1"
+        raise InputError(f"{name}: expected a whole number {expected}, found {value!r}")
+    return int(value)
+
+
+def _check_dtype(dtype: Any) -> str:
+    names = ("auto", "float32", "bfloat16")
+    try:
+        name = dtype if dtype in names else jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if dtype is None or name not in names:
+        raise InputError(f"dtype: expected {', '.join(names[:-1])} or {names[-1]}, found {dtype!r}")
+    return name
+
+
+@functools.lru_cache(maxsize=2)
+def _with_prompt(tokenizer: TextTokenizer, role: RoleName, prompt: str) -> TextTokenizer:
+    """The same tokenizer with another prompt in a role, where sentence-transformers would put it."""
+    own = tokenizer.text_format.role(role)
+    if own.suffix:
+        changed = dataclasses.replace(own, instruction=prompt.removeprefix(own.prefix))
+    else:
+        changed = dataclasses.replace(own, prefix=prompt, instruction="")
+    text_format = dataclasses.replace(tokenizer.text_format, **{role: changed})
+    return TextTokenizer(tokenizer.tokenizer, text_format, tokenizer.special_tokens)
+
+
+def _unit(vectors: Float[np.ndarray, "texts dim"]) -> Float[np.ndarray, "texts dim"]:
+    """To unit length; in numpy, for JAX would compile it for every number of texts."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32(1e-12))

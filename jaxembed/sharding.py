@@ -37,7 +37,7 @@ RULES: Mapping[str, str | None] = {
 `embed` is the model dimension of matrices, `features` that of biases and norms, which are too small to split."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
     """A (`data`, `fsdp`, `tensor`) mesh; −1 stands for the devices that the other two leave.
 
     Raises:
@@ -146,7 +146,7 @@ class Chips:
         return jax.lax.all_gather(x, BATCH_AXES, axis=0, tiled=True)
 
 
-def compute_dtype(name: str, devices: list[jax.Device] | None = None) -> Any:
+def compute_dtype(name: str, devices: list[Any] | None = None) -> Any:
     """`auto`: bfloat16 on TPU and on GPUs of compute capability 8.0 and above, float32 elsewhere."""
     if name != "auto":
         return jnp.dtype(name)

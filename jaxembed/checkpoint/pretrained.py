@@ -55,9 +55,7 @@ def find_directory(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -68,7 +66,7 @@ def find_directory(
                 str(name),
                 revision=revision,
                 token=token,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
                 local_files_only=local_files_only,
                 allow_patterns=_HUB_FILES,
             )
@@ -79,11 +77,12 @@ def find_directory(
         why = f"the repository has no revision {revision!r}"
     except RepositoryNotFoundError:
         why = "there is no such directory here, and no such repository on the hub (a private one needs token=)"
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError) as error:
-        offline = "it is not in the local cache and local_files_only=True" if local_files_only else "not in the cache"
-        why = f"there is no such directory here, and the hub gave nothing: {offline} ({type(error).__name__})"
     except HFValidationError:
         why = "this is neither a directory nor the form of a hub id (owner/name)"
+    except Exception as error:  # offline, no route, a full disk: what the HTTP client raises differs by version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        gave = "it is not in the local cache (local_files_only=True)" if local_files_only else f"the hub gave: {reason}"
+        why = f"there is no such directory here, and {gave}"
     raise InputError(f"{name}: {why}")
 
 

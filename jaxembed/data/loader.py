@@ -17,6 +17,7 @@ from jaxtyping import Int, UInt64
 from jaxembed.data.cache import TokenCache, build_token_cache
 from jaxembed.data.plan import DataSet, Schedule
 from jaxembed.data.sources import Examples
+from jaxembed.text.format import RoleName
 from jaxembed.text.packing import RowShape, best_fit_rows, fill_rows
 from jaxembed.text.tokenizer import TextTokenizer
 
@@ -57,9 +58,10 @@ def tokenize_examples(
     data_sets: list[DataSet] = []
     start = 0
     for source, weight in zip(sources, weights):
-        columns: list[tuple[str, list[str]]] = [("query", source.anchors), ("document", source.positives)]
+        columns: list[tuple[RoleName, list[str]]] = [("query", source.anchors), ("document", source.positives)]
         held = min(negatives, max(map(len, source.negatives), default=0))
-        columns += [("document", [row[n] for row in source.negatives]) for n in range(held)]
+        for place in range(held):
+            columns.append(("document", [row[place] for row in source.negatives]))
         texts = np.full((len(source), 2 + negatives), -1, np.int64)
         for number, (role, column) in enumerate(columns):
             fingerprint = f"{source.fingerprint}:{number}"
@@ -145,21 +147,26 @@ class Batches:
     def __len__(self) -> int:
         return self.schedule.steps
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """The fields of `training.gradient.Batch` as numpy arrays, and `step` and `tokens_used` beside them."""
-        examples = self.schedule.batch(int(step))
+        step = int(index)
+        examples = self.schedule.batch(step)
         fields = pack_batch(self.table, self.texts[examples], self.data_set[examples], self.layout, self.pad)
-        return {**fields, "step": int(step)}
+        return {**fields, "step": step}
 
 
 def sample_lengths(
     schedule: Schedule, table: TextTable, texts: Int[np.ndarray, "examples columns"]
 ) -> list[Int[np.ndarray, " texts"]]:
-    """Lengths of the texts of a few batches of the first epoch, spread over it."""
+    """Lengths of the texts of a few batches of the first epoch, spread over it.
+
+    To the first the longest text of all is added, which rows must hold whatever the sample.
+    """
     steps = min(schedule.steps, schedule.steps_per_epoch)
     chosen = np.unique(np.linspace(0, steps - 1, min(steps, _SAMPLED_BATCHES)).astype(int))
     rows = [texts[schedule.batch(int(step))].ravel() for step in chosen]
-    return [table.lengths[row[row >= 0]] for row in rows]
+    samples = [table.lengths[row[row >= 0]] for row in rows]
+    return [np.append(samples[0], table.lengths.max()), *samples[1:]]
 
 
 def pack_batch(
@@ -188,7 +195,7 @@ def pack_batch(
         turn, chip = divmod(number, chips)
         by_chip[chip if turn % 2 == 0 else chips - 1 - chip].append(row)
     most = max(sum(map(len, rows)) for rows in by_chip)
-    capacity = len(ids) if chips == 1 else max(-(-most // 8) * 8, -(-int(1.1 * len(flat) / chips) // 8) * 8)
+    capacity = len(flat) if chips == 1 else max(-(-most // 8) * 8, -(-int(1.1 * len(flat) / chips) // 8) * 8)
     shape = RowShape(layout.row_length, chunks * per_chunk, layout.slots)
     filled = [fill_rows(ids, rows, shape, pad) for rows in by_chip]
     pick = np.zeros((chips, capacity), np.int32)

@@ -45,7 +45,7 @@ def family_of(huggingface_config: Mapping[str, Any]) -> Family:
         InputError: an architecture that is not supported.
     """
     name = huggingface_config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(
             f"config.json: unknown architecture: model_type is {name!r}, supported are {', '.join(map(repr, FAMILIES))}"
         )

@@ -134,9 +134,14 @@ class Projections(nnx.Module):
 
     def __call__(
         self, queried: Float[Array, "rows queries dim"], x: Float[Array, "rows length dim"], hooks: Hooks
-    ) -> tuple[Float[Array, "rows queries heads head_dim"], ...]:
+    ) -> tuple[
+        Float[Array, "rows queries heads head_dim"],
+        Float[Array, "rows length heads head_dim"],
+        Float[Array, "rows length heads head_dim"],
+    ]:
         kernel, bias = hooks.weight(self.kernel, x.dtype), self.bias[...].astype(x.dtype)
-        return tuple(jnp.tensordot(y, kernel[i], axes=1) + bias[i] for i, y in enumerate((queried, x, x)))
+        q, k, v = (jnp.tensordot(y, kernel[i], axes=1) + bias[i] for i, y in enumerate((queried, x, x)))
+        return q, k, v
 
 
 class Layer(nnx.Module):

@@ -72,7 +72,7 @@ def best_fit_rows(lengths: Int[np.ndarray, " texts"], row_length: int, slots: in
 
 
 def fill_rows(
-    texts: Sequence[Int[np.ndarray, " tokens"]], members: Sequence[Sequence[int]], shape: RowShape, pad: int = 0
+    texts: Sequence[Int[np.ndarray, " _"]], members: Sequence[Sequence[int]], shape: RowShape, pad: int = 0
 ) -> Rows:
     """Lays the texts of each row one after another; rows without members are padding."""
     tokens = np.full((shape.rows, shape.length), pad, np.int32)

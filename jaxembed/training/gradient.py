@@ -47,17 +47,21 @@ class Batch:
     """Number of the data set each query comes from."""
 
 
+_ROWS: Any = PartitionSpec(None, BATCH_AXES)
+_SPLIT: Any = PartitionSpec(BATCH_AXES)
+_WHOLE: Any = PartitionSpec()
 BATCH_SPECS = Batch(
-    tokens=PartitionSpec(None, BATCH_AXES),
-    segments=PartitionSpec(None, BATCH_AXES),
-    last=PartitionSpec(None, BATCH_AXES),
-    pick=PartitionSpec(BATCH_AXES),
-    own=PartitionSpec(BATCH_AXES),
-    candidates=PartitionSpec(),
-    positives=PartitionSpec(BATCH_AXES),
-    valid=PartitionSpec(),
-    data_set=PartitionSpec(BATCH_AXES),
+    tokens=_ROWS,
+    segments=_ROWS,
+    last=_ROWS,
+    pick=_SPLIT,
+    own=_SPLIT,
+    candidates=_WHOLE,
+    positives=_SPLIT,
+    valid=_WHOLE,
+    data_set=_SPLIT,
 )
+"""How each field is split over the chips."""
 
 
 @dataclasses.dataclass(frozen=True)

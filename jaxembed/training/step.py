@@ -75,7 +75,8 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: nnx.Stat
     optimizer_specs = jax.tree.map(
         lambda x: specs if isinstance(x, nnx.State) else PartitionSpec(), abstract, is_leaf=like_trainable
     )
-    return named_shardings(TrainState(specs, optimizer_specs, PartitionSpec()), mesh)
+    everywhere: Any = PartitionSpec()
+    return named_shardings(TrainState(specs, optimizer_specs, everywhere), mesh)
 
 
 def initial_state(optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh) -> TrainState:
@@ -101,7 +102,7 @@ def make_step(
     def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
         (loss, by_data_set), grads = gradient(state.trainable, frozen, batch)
         updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
-        updated = optax.apply_updates(state.trainable, updates)
+        updated: Any = optax.apply_updates(state.trainable, updates)
         metrics = StepMetrics(loss, optax.global_norm(grads), by_data_set)
         return TrainState(updated, moments, state.step + 1), metrics
 

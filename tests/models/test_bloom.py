@@ -16,7 +16,7 @@ from jaxembed.errors import InputError
 from jaxembed.models.bloom import LAYER_CHECKPOINTS, Bloom, BloomConfig, weight_map
 from jaxembed.models.weights import assignments
 from jaxembed.ops.norms import unit_norm
-from jaxembed.text.packing import RowShape, best_fit_rows, fill_rows
+from jaxembed.text.packing import Rows, RowShape, best_fit_rows, fill_rows
 
 VOCAB = 211
 LENGTHS = (1, 2, 16, 63, 64, 65, 127, 300)
@@ -42,6 +42,10 @@ def padded(texts: Texts, length: int, left: bool) -> tuple[np.ndarray, np.ndarra
         place = slice(length - len(text), length) if left else slice(0, len(text))
         ids[row, place], mask[row, place] = text, 1
     return ids, mask
+
+
+def inputs(rows: Rows) -> tuple[jax.Array, ...]:
+    return jnp.asarray(rows.tokens), jnp.asarray(rows.segments), jnp.asarray(rows.last)
 
 
 def torch_states(model, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -154,11 +158,9 @@ def test_packed_is_unpacked(lengths: list[int], seed: int, best_fit: bool) -> No
     model = _packing_model()
     texts = random_texts(lengths, seed)
     rng = np.random.default_rng(seed)
-    if best_fit:
-        members = best_fit_rows(np.array(lengths), LENGTH, SLOTS)
-        rng.shuffle(members)
-    else:
-        members = np.array_split(rng.permutation(TEXTS), ROWS)
+    in_pairs = rng.permutation(TEXTS).reshape(ROWS, 2).tolist()
+    members = best_fit_rows(np.array(lengths), LENGTH, SLOTS) if best_fit else in_pairs
+    rng.shuffle(members)
     for inside in members:
         rng.shuffle(inside)
     expected = alone(model, texts)
@@ -180,42 +182,42 @@ def _packing_model() -> Bloom:
 def test_no_gradient_crosses_to_a_neighbour(model: Bloom) -> None:
     """The embedding of one text, differentiated by the vocabulary: nothing for the tokens of its neighbours."""
     texts = [np.arange(10, 15), np.arange(20, 30), np.arange(40, 47)]
-    rows = fill_rows(texts, [[0, 1, 2]], RowShape(32, 1, 4), pad=3)
+    rows = inputs(fill_rows(texts, [[0, 1, 2]], RowShape(32, 1, 4), pad=3))
     graph, table, rest = nnx.split(model, lambda path, _: path[0] == "table", ...)
 
     def second(table: nnx.State) -> jax.Array:
-        states = nnx.merge(graph, table, rest).states(*map(jnp.asarray, (rows.tokens, rows.segments, rows.last)))
+        states = nnx.merge(graph, table, rest).states(*rows)
         return (states[0, 1] ** 3).sum()
 
-    gradient = np.asarray(jax.grad(second)(table)["table"][...])
+    gradient = np.asarray(jax.jit(jax.grad(second))(table)["table"][...])
     np.testing.assert_array_equal(np.flatnonzero(np.abs(gradient).sum(1)), texts[1])
 
 
-@pytest.mark.parametrize("policy", sorted(LAYER_CHECKPOINTS))
-def test_layer_checkpoints_change_nothing(model: Bloom, policy: str) -> None:
-    rows = fill_rows(random_texts((5, 9, 20)), [[0, 1], [2]], RowShape(32, 2, 4))
+@pytest.fixture(scope="module")
+def checkpointed(model: Bloom) -> dict[str, jax.stages.Traced]:
+    """Value and gradient of one loss, traced under each policy."""
+    rows = inputs(fill_rows(random_texts((5, 9, 20)), [[0, 1], [2]], RowShape(32, 2, 4)))
 
-    def loss(model: Bloom) -> jax.Array:
-        tokens, segments, last = map(jnp.asarray, (rows.tokens, rows.segments, rows.last))
-        return (model.states(tokens, segments, last, layer_checkpoint=policy) ** 3).sum()
+    def loss(model: Bloom, policy: str) -> jax.Array:
+        return (model.states(*rows, layer_checkpoint=policy) ** 3).sum()
 
-    plain = jax.jit(jax.value_and_grad(lambda m: (m.states(rows.tokens, rows.segments, rows.last) ** 3).sum()))
-    value, gradient = jax.jit(jax.value_and_grad(loss))(model)
-    expected, expected_gradient = plain(model)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    function = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    return {policy: function.trace(model, policy) for policy in LAYER_CHECKPOINTS}
 
 
-def test_a_checkpointed_layer_is_computed_again(model: Bloom) -> None:
+def test_layer_checkpoints_change_nothing(model: Bloom, checkpointed) -> None:
+    results = {policy: traced.lower().compile()(model) for policy, traced in checkpointed.items()}
+    expected, expected_gradient = results["none"]
+    for value, gradient in results.values():
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_a_checkpointed_layer_is_computed_again(checkpointed) -> None:
     """Else the policies above were the same program."""
-    rows = fill_rows(random_texts((5, 9, 20)), [[0, 1], [2]], RowShape(32, 2, 4))
-
-    def dots(policy: str) -> int:
-        loss = lambda m: m.states(rows.tokens, rows.segments, rows.last, layer_checkpoint=policy).sum()  # noqa: E731
-        return str(jax.make_jaxpr(jax.grad(loss))(model)).count("dot_general")
-
-    assert dots("none") < dots("dots") < dots("full")
+    products = {policy: str(traced.jaxpr).count("dot_general") for policy, traced in checkpointed.items()}
+    assert products["none"] < products["dots"] < products["full"]
 
 
 def test_bfloat16_is_near_and_the_result_float32(model: Bloom) -> None:

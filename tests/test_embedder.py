@@ -1,0 +1,431 @@
+"""`Embedder` against sentence-transformers on the same directory, and against itself in other company."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from blooms import from_torch, random_bloom
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from transformers import BloomConfig as TorchConfig
+from transformers import BloomForCausalLM, BloomModel
+
+import jaxembed
+from jaxembed import Embedder, InputError, Role, TextFormat
+from jaxembed.checkpoint.export import Verification, edge_texts
+from jaxembed.checkpoint.pretrained import Decoder
+from jaxembed.models import FAMILIES
+from jaxembed.models.bloom import BloomConfig
+from jaxembed.text.format import DEFAULT_TEXT_FORMAT, UDEVER, UDEVER_MARKERS
+from jaxembed.text.packing import RowShape
+from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe, with_markers
+
+CONFIG = BloomConfig(vocab_size=416, dim=32, layers=2, heads=4)
+FORMATS = {
+    "prefixes": dataclasses.replace(DEFAULT_TEXT_FORMAT, max_length=48),
+    "markers": dataclasses.replace(UDEVER, max_length=48),
+    "instructions": TextFormat(Role("[BOQ]", "[EOQ]", "Find code: "), Role("[BOD]", "[EOD]"), 48, normalize=False),
+}
+WORDS = [line.strip() for line in Path(dataclasses.__file__).read_text().splitlines() if line.strip()]
+TOKENIZER = with_markers(train_byte_level_bpe(WORDS, 400), UDEVER_MARKERS)
+MIXED = [" ".join(WORDS[i : i + i % 7]) for i in range(24)]
+
+
+def bloom() -> BloomModel:
+    """The same at every call."""
+    torch.manual_seed(0)
+    return random_bloom(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As transformers leaves a decoder: no text format, a key of its own in the config."""
+    directory = tmp_path_factory.mktemp("source")
+    model = bloom()
+    model.config.remark = {"by": "someone"}
+    model.save_pretrained(directory)
+    (directory / "tokenizer.json").write_text(TOKENIZER.to_str())
+    return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    directory: Path
+    model: Embedder
+    reader: SentenceTransformer
+    verification: Verification | None
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def saved(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    directory = tmp_path_factory.mktemp("saved") / "model"
+    found = Embedder.from_pretrained(source, text_format=FORMATS[request.param]).save_pretrained(directory)
+    reader = SentenceTransformer(str(directory), device="cpu")
+    return Saved(directory, Embedder.from_pretrained(directory), reader, found)
+
+
+@pytest.fixture(scope="module")
+def model(source: Path) -> Embedder:
+    return Embedder.from_pretrained(source, text_format=FORMATS["prefixes"])
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """What JAX compiled during the test."""
+    found: list[str] = []
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def close(found: Any, expected: Any) -> None:
+    """To 1e-5 of the vectors' length."""
+    found, expected = np.atleast_2d(found), np.atleast_2d(expected)
+    scale = np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "encode": lambda m, x: m.encode(x),
+    "encode_query": lambda m, x: m.encode_query(x),
+    "encode_document": lambda m, x: m.encode_document(x),
+    "prompt_name": lambda m, x: m.encode(x, prompt_name="document"),
+    "positions": lambda m, x: m.encode(x, "query", None, 4, False),
+    "prompt": lambda m, x: m.encode_query(x, prompt="Code: "),
+    "prompt of a document": lambda m, x: m.encode_document(x, prompt="Code: "),
+    "empty prompt": lambda m, x: m.encode_document(x, prompt=""),
+    "normalised": lambda m, x: m.encode_query(x, normalize_embeddings=True),
+    "truncated": lambda m, x: m.encode_query(x, truncate_dim=8, normalize_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_same_as_sentence_transformers(saved: Saved, call: str) -> None:
+    if call == "empty prompt" and saved.model.text_format.has_suffixes:
+        pytest.skip("the template takes an empty prompt for none")
+    texts = [*edge_texts(saved.model.text_format), *MIXED]
+    found = CALLS[call](saved.model, texts)
+    assert found.dtype == np.float32
+    close(found, CALLS[call](saved.reader, texts))
+    one = CALLS[call](saved.model, texts[0])
+    assert one.shape == CALLS[call](saved.reader, texts[0]).shape == found.shape[1:]
+    close(one, found[0])
+
+
+def test_similarity_is_that_of_sentence_transformers(saved: Saved) -> None:
+    queries, documents = saved.model.encode_query(MIXED[:3]), saved.model.encode_document(MIXED[3:9])
+    expected = saved.reader.similarity(queries, documents).numpy()
+    np.testing.assert_allclose(saved.model.similarity(queries, documents), expected, atol=1e-6)
+    np.testing.assert_allclose(saved.model.similarity(queries[0], documents), expected[:1], atol=1e-6)
+    assert saved.model.similarity(saved.model.encode([]), documents).shape == (0, 6)
+
+
+def test_saved_and_loaded_again(source: Path, saved: Saved, tmp_path: Path) -> None:
+    assert saved.verification is not None
+    assert saved.verification.difference < 1e-5
+    first = Embedder.from_pretrained(source, text_format=saved.model.text_format)
+    assert saved.model.model_hash == first.model_hash
+    assert saved.model.tokenizer.fingerprint == first.tokenizer.fingerprint
+    np.testing.assert_array_equal(saved.model.encode(MIXED), first.encode(MIXED))
+    expected = safetensors.torch.load_file(source / "model.safetensors")
+    found = safetensors.torch.load_file(saved.directory / "model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert tensor.numpy().tobytes() == found[name].numpy().tobytes(), name
+    config, original = (json.loads((d / "config.json").read_text()) for d in (saved.directory, source))
+    assert config.pop("torch_dtype") == original.pop("dtype") == "float32"
+    assert config == original
+    assert config["remark"] == {"by": "someone"}
+    saved.model.save_pretrained(tmp_path / "again", verify=False)
+    for file in saved.directory.rglob("*"):
+        again = tmp_path / "again" / file.relative_to(saved.directory)
+        if file.is_file() and file.name != "README.md":  # it names the directory
+            assert file.read_bytes() == again.read_bytes(), file
+
+
+def test_nothing_is_overwritten_unasked(model: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert model.save_pretrained("~/model", card="mine", verify=False) is None
+    assert (tmp_path / "model" / "README.md").read_text() == "mine"
+    with pytest.raises(InputError, match="is not empty"):
+        model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model", overwrite=True, verify=False)
+    assert (tmp_path / "model" / "README.md").read_text() != "mine"
+    with pytest.raises(InputError, match="local directory"):
+        model.save_pretrained("gs://bucket/model")
+
+
+def variant(source: Path, directory: Path, kind: str) -> Path:
+    """The same decoder in another container."""
+    causal = BloomForCausalLM(TorchConfig(**CONFIG.to_huggingface()))
+    causal.transformer.load_state_dict(bloom().state_dict())
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    causal.to(dtype).save_pretrained(directory, max_shard_size="20KB" if kind == "sharded" else "5GB")
+    assert (directory / "model.safetensors.index.json").exists() == (kind == "sharded")
+    shutil.copy(source / "tokenizer.json", directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["causal", "sharded", "bfloat16"])
+def test_other_containers(source: Path, model: Embedder, tmp_path: Path, kind: str) -> None:
+    other = Embedder.from_pretrained(variant(source, tmp_path / kind, kind), text_format=model.text_format)
+    if kind != "bfloat16":
+        assert other.model_hash == model.model_hash
+        np.testing.assert_array_equal(other.encode(MIXED), model.encode(MIXED))
+        return
+    # The file's values, widened: what a float32 file with the same values gives.
+    wide = {k: v.bfloat16().float() for k, v in safetensors.torch.load_file(source / "model.safetensors").items()}
+    shutil.copytree(source, tmp_path / "wide")
+    safetensors.torch.save_file(wide, tmp_path / "wide" / "model.safetensors")
+    same = Embedder.from_pretrained(tmp_path / "wide", text_format=model.text_format)
+    assert other.model_hash == same.model_hash != model.model_hash
+    np.testing.assert_array_equal(other.encode(MIXED), same.encode(MIXED))
+    other.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_bfloat16(source: Path, model: Embedder, tmp_path: Path) -> None:
+    half = Embedder.from_pretrained(source, text_format=model.text_format, dtype="bfloat16")
+    found = half.encode(MIXED[:4])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert (found * model.encode(MIXED[:4])).sum(1).min() > 0.99
+    assert half.save_pretrained(tmp_path / "half") is not None  # compared in float32
+    tensors = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    again = Embedder.from_pretrained(tmp_path / "half", dtype="bfloat16")
+    assert again.model_hash == half.model_hash
+
+
+texts_of_any_length = st.lists(
+    st.one_of(st.text(max_size=12), st.integers(0, 80).map(lambda n: " ".join(WORDS[n : n + n // 4]))), max_size=12
+)
+
+
+@given(texts=texts_of_any_length, batch_size=st.sampled_from([None, 3]))
+@settings(max_examples=15, deadline=None)
+def test_order_and_neighbours(texts: list[str], batch_size: int | None) -> None:
+    """Every text gets, in its place, what it gets alone."""
+    model = shared_model()
+    found = model.encode_document(texts, batch_size=batch_size)
+    assert found.shape == (len(texts), 32)
+    for text, vector in zip(texts, found):
+        np.testing.assert_allclose(vector, model.encode_document(text), rtol=0, atol=1e-5)
+
+
+_SHARED: list[Embedder] = []
+
+
+def shared_model() -> Embedder:
+    """One for all examples of hypothesis, which takes no module fixture."""
+    if not _SHARED:
+        decoder = Decoder(from_torch(CONFIG, bloom()), FAMILIES["bloom"], CONFIG, CONFIG.to_huggingface())
+        _SHARED.append(Embedder(decoder, TextTokenizer(TOKENIZER, FORMATS["prefixes"])))
+    return _SHARED[0]
+
+
+def test_windows_are_put_together_again(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = model.encode(MIXED)
+    monkeypatch.setattr("jaxembed.embedder._FIRST_WINDOW", 3)
+    monkeypatch.setattr("jaxembed.embedder._WINDOW", 7)
+    close(model.encode(MIXED), expected)
+    close(model.encode(MIXED[:3]), expected[:3])
+
+
+def test_equal_texts_are_computed_once(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenized: list[str] = []
+    call = TextTokenizer.__call__
+
+    def counting(self: TextTokenizer, texts: list[str], role: Any) -> list[np.ndarray]:
+        tokenized.extend(texts)
+        return call(self, texts, role)
+
+    monkeypatch.setattr(TextTokenizer, "__call__", counting)
+    found = model.encode(["b", "a", "b", "", "a", "b"])
+    assert tokenized == ["b", "a", ""]
+    np.testing.assert_array_equal(found[[0, 1, 0, 3, 1, 0]], found)
+    assert len(np.unique(found, axis=0)) == 3
+
+
+@pytest.mark.parametrize("texts", [[], (), np.array([], dtype=str), iter(())])
+def test_no_texts(model: Embedder, texts: Any) -> None:
+    found = model.encode(texts)
+    assert (found.shape, found.dtype) == ((0, 32), np.float32)
+    assert model.encode([], truncate_dim=8).shape == (0, 8)
+
+
+def test_any_iterable_of_texts(model: Embedder) -> None:
+    expected = model.encode(["a", "b c"])
+    for texts in (("a", "b c"), np.array(["a", "b c"]), np.array(["a", "b c"], object), (x for x in ["a", "b c"])):
+        np.testing.assert_array_equal(model.encode(texts), expected)
+    np.testing.assert_array_equal(model.encode(np.str_("a")), model.encode("a"))
+
+
+@pytest.mark.parametrize(
+    ("sentences", "message"),
+    [
+        (None, "sentences: expected a text or a list of texts, got NoneType"),
+        (3, "got int"),
+        (b"ab", "got bytes"),
+        ({"a": 1}, "got dict"),
+        ({"a"}, "got set"),
+        (np.array("a"), r"array of shape \(\)"),
+        (np.array([["a"]]), r"array of shape \(1, 1\)"),
+        (["a", None], r"sentences\[1\]: expected a string, got NoneType: None"),
+        ([["a", "b"]], r"sentences\[0\]: expected a string, got list: \['a', 'b'\]"),
+        (["a", "b", "\ud800"], r"sentences\[2\]: not valid Unicode"),
+        ("\ud800", r"sentences\[0\]: not valid Unicode"),
+    ],
+)
+def test_what_is_no_text(model: Embedder, sentences: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model.encode(sentences)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_name": "passage"}, 'expected "query" or "document", got \'passage\''),
+        ({"prompt": 3}, "prompt: expected a string, got int"),
+        ({"prompt": "word " * 60}, "leave no room for a text"),
+        ({"truncate_dim": 0}, "truncate_dim: expected a whole number from 1 to 32, found 0"),
+        ({"truncate_dim": 33}, "from 1 to 32, found 33"),
+        ({"truncate_dim": 8.0}, r"found 8\.0"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, found 0"),
+        ({"batch_size": "4"}, "batch_size"),
+    ],
+)
+def test_arguments_out_of_range(model: Embedder, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model.encode(["a"], **arguments)
+
+
+def test_similarity_of_what_does_not_fit(model: Embedder) -> None:
+    vectors = model.encode(["a", "b"])
+    with pytest.raises(InputError, match="one width"):
+        model.similarity(vectors, vectors[:, :8])
+    with pytest.raises(InputError, match="expected embeddings"):
+        model.similarity(["a"], vectors)  # type: ignore[arg-type]
+
+
+def test_truncation_and_length(model: Embedder) -> None:
+    whole = model.encode(MIXED, normalize_embeddings=False)
+    lengths = np.linalg.norm(whole, axis=1, keepdims=True)
+    assert (np.abs(lengths - 1) > 0.1).all()
+    close(model.encode(MIXED), whole / lengths)
+    short = model.encode(MIXED, truncate_dim=np.int64(8))
+    close(short, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True))
+    np.testing.assert_array_equal(model.encode(MIXED, truncate_dim=8, normalize_embeddings=False), whole[:, :8])
+
+
+def test_a_text_beyond_the_maximum_loses_its_tail(model: Embedder) -> None:
+    long = "word " * 100
+    np.testing.assert_array_equal(model.encode(long), model.encode(long + "and more"))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bar(model: Embedder, capsys: pytest.CaptureFixture[str], shown: bool) -> None:
+    model.encode(["a", "b", "a"], show_progress_bar=shown)
+    assert ("2/2" in capsys.readouterr().err) == shown
+
+
+def test_few_shapes_are_compiled(source: Path, compilations: list[str]) -> None:
+    model = Embedder.from_pretrained(source, text_format=FORMATS["prefixes"])
+    compilations.clear()
+    model.encode_query("sort a dict")
+    assert model.compiled_shapes == {RowShape(length=48, rows=1, slots=12)}
+    generator = np.random.default_rng(0)
+    for count in (*range(1, 30), 100, 257):
+        lengths = generator.integers(0, generator.choice([2, 8, 40]), count)
+        model.encode([" ".join(generator.choice(WORDS, length)) for length in lengths])
+    assert 1 < len(model.compiled_shapes) <= 6
+    # Nothing else is compiled either, whatever the number of texts.
+    assert len(compilations) == len(model.compiled_shapes)
+
+
+def test_other_weights_are_not_compiled_again(source: Path, compilations: list[str]) -> None:
+    model = Embedder.from_pretrained(source, text_format=FORMATS["prefixes"])
+    first = model.encode(["a"])
+    doubled = jax.tree.map(lambda x: 1.1 * x, model._state)
+    compilations.clear()
+    model.replace_state(doubled)
+    assert np.abs(model.encode(["a"]) - first).max() > 1e-3
+    assert not compilations
+
+
+@pytest.mark.parametrize("dtype", ["float16", "half", None, 3])
+def test_dtypes_that_are_none(source: Path, dtype: Any) -> None:
+    with pytest.raises(InputError, match="dtype: expected auto, float32 or bfloat16, found"):
+        Embedder.from_pretrained(source, text_format=FORMATS["prefixes"], dtype=dtype)
+
+
+def test_a_text_format_as_in_a_config(source: Path) -> None:
+    keys = {"query": {"prefix": "query: "}, "document": {"prefix": "document: "}, "max_length": 48}
+    assert Embedder.from_pretrained(source, text_format=keys).text_format == FORMATS["prefixes"]
+    for wrong in ({"queries": {}}, "udever"):
+        with pytest.raises(InputError, match="text_format"):
+            Embedder.from_pretrained(source, text_format=wrong)  # type: ignore[arg-type]
+
+
+def test_udever_needs_no_text_format(source: Path) -> None:
+    assert Embedder.from_pretrained(source).text_format == UDEVER
+
+
+def without(source: Path, directory: Path, **changes: Any) -> Path:
+    """A copy whose tokenizer has no markers, and other values in its config."""
+    shutil.copytree(source, directory)
+    (directory / "tokenizer.json").write_text(train_byte_level_bpe(WORDS, 400).to_str())
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    return directory
+
+
+def test_a_directory_without_text_format(source: Path, tmp_path: Path) -> None:
+    directory = without(source, tmp_path / "plain")
+    with pytest.raises(InputError, match=r"no text format found.*give one as `text_format`, for example \{") as error:
+        Embedder.from_pretrained(directory)
+    example = str(error.value).partition("for example ")[2]
+    assert Embedder.from_pretrained(directory, text_format=json.loads(example)).encode("a").shape == (32,)
+
+
+def test_an_unknown_architecture_is_said_first(source: Path, tmp_path: Path) -> None:
+    directory = without(source, tmp_path / "bert", model_type="bert")
+    with pytest.raises(InputError, match="unknown architecture: model_type is 'bert', supported are 'bloom'"):
+        Embedder.from_pretrained(directory)
+
+
+def test_a_tokenizer_of_another_model(source: Path, tmp_path: Path) -> None:
+    directory = without(source, tmp_path / "large")
+    (directory / "tokenizer.json").write_text(with_markers(TOKENIZER, [f"[{n}]" for n in range(20)]).to_str())
+    with pytest.raises(InputError, match=r"the tokenizer has 424 tokens, .* only 416 rows"):
+        Embedder.from_pretrained(directory)
+
+
+def test_the_package_imports_nothing_until_it_is_used() -> None:
+    code = "import sys, jaxembed; assert not {'jax', 'numpy', 'transformers'} & set(sys.modules); print(dir(jaxembed))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(f"'{name}'" in shown for name in jaxembed.__all__)
+
+
+def test_public_names() -> None:
+    assert jaxembed.TextFormat is TextFormat
+    assert isinstance(jaxembed.__version__, str)
+    with pytest.raises(AttributeError, match="no attribute 'Embeder'"):
+        jaxembed.Embeder  # type: ignore[attr-defined]  # noqa: B018
