@@ -6,8 +6,6 @@ from pathlib import Path
 
 from common import interleaved, machine, matmul_rate, parser, random_bloom, read_rows, table
 
-PEER_BATCHES = (4, 8, 16, 32, 64)
-
 
 def workloads(data: Path, count: int) -> dict[str, list[str]]:
     stsb = read_rows(data / "dev/stsb_multi/en.dev.jsonl.gz")
@@ -23,6 +21,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--texts", type=int, default=400, help="texts of each workload, from its beginning")
     options.add_argument("--repeats", type=int, default=3, help="measurements of each, of which the median counts")
+    options.add_argument("--peer-batches", type=int, nargs="+", default=[4, 8, 16, 32], help="its batch sizes")
     options.add_argument("--max-length", type=int, default=512, help="tokens at which texts are cut")
     arguments = options.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,10 +46,10 @@ def main() -> None:
         tokens = sum(len(x) for x in ours.tokenizer(texts, "document"))
         difference = np.abs(ours.encode_document(texts) - theirs.encode_document(texts, batch_size=16)).max()
         runs = {"jaxembed": lambda texts=texts: ours.encode_document(texts)}
-        for batch in PEER_BATCHES:
+        for batch in arguments.peer_batches:
             runs[str(batch)] = lambda texts=texts, batch=batch: theirs.encode_document(texts, batch_size=batch)
         seconds = interleaved(runs, arguments.repeats)
-        best = min(PEER_BATCHES, key=lambda batch: seconds[str(batch)])
+        best = min(arguments.peer_batches, key=lambda batch: seconds[str(batch)])
         ratios.append(seconds[str(best)] / seconds["jaxembed"])
         operations = int(lengths.sum()) * 6 * 24 * 384**2
         rows.append(
@@ -58,7 +57,7 @@ def main() -> None:
                 "texts": f"{name} ({len(texts)}, {tokens / len(texts):.0f} tokens)",
                 "sentence-transformers, tok/s by batch size": " / ".join(
                     f"{'**' * (batch == best)}{tokens / seconds[str(batch)]:,.0f}{'**' * (batch == best)}"
-                    for batch in PEER_BATCHES
+                    for batch in arguments.peer_batches
                 ),
                 "jaxembed, tok/s": f"{tokens / seconds['jaxembed']:,.0f}",
                 "against its best": f"×{ratios[-1]:.2f}",

@@ -22,7 +22,7 @@ _REPLACES = {
     "model.scratch": ("model.path",),
     "training.epochs": ("training.steps",),
     "training.steps": ("training.epochs",),
-    "tokenizer.path": ("tokenizer.train_vocab_size",),
+    "tokenizer.path": ("tokenizer.train_vocab_size", "tokenizer.split_identifiers"),
     "tokenizer.train_vocab_size": ("tokenizer.path",),
 }
 
@@ -58,7 +58,6 @@ class ScratchConfig(_Section):
     )
     initializer_range: _Positive = Field(default=0.02, description="standard deviation of the initial weights")
     layer_norm_epsilon: _Positive = Field(default=1e-5, description="epsilon of every LayerNorm")
-    dtype: _Float = Field(default="float32", description="type in which the weights are exported")
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> ScratchConfig:
@@ -77,7 +76,7 @@ class ModelConfig(_Section):
     scratch: ScratchConfig | None = Field(default=None, description="shape of a new decoder with random weights")
     param_dtype: Literal["auto"] | _Float = Field(
         default="auto",
-        description="type of the parameters; auto = float32 where trained, frozen ones as they are stored",
+        description="type of frozen parameters; auto = float32. Those that train are float32 always",
     )
     compute_dtype: Literal["auto"] | _Float = Field(
         default="auto",
@@ -106,12 +105,19 @@ class TokenizerConfig(_Section):
     train_vocab_size: Annotated[int, Field(ge=260)] | None = Field(
         default=None, description="train a byte-level BPE tokenizer with this many ids on the training texts"
     )
+    split_identifiers: bool = Field(
+        default=False,
+        description="train it on lower-cased parts of snake_case and camelCase, without spaces: words of a query and "
+        "parts of a name are then the same tokens",
+    )
     path: _FilePath | None = Field(default=None, description="directory with tokenizer.json, or that file")
 
     @model_validator(mode="after")
     def _one_origin(self) -> TokenizerConfig:
         if self.train_vocab_size is not None and self.path is not None:
             raise ValueError("give one of tokenizer.train_vocab_size and tokenizer.path, found both")
+        if self.split_identifiers and self.train_vocab_size is None:
+            raise ValueError("split_identifiers is for a tokenizer that is trained; give train_vocab_size too")
         return self
 
 
@@ -223,7 +229,9 @@ class TrainingConfig(_Section):
         default="full",
         description="what each chunk computes again in the backward pass: nothing, all but its matmuls, all",
     )
-    negatives: Annotated[int, Field(ge=0)] = Field(default=0, description="hard negatives a query")
+    negatives: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="hard negatives a query; null = as many as the sources have columns for"
+    )
 
     @model_validator(mode="after")
     def _one_duration(self) -> TrainingConfig:

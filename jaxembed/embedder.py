@@ -343,7 +343,7 @@ def _with_prompt(tokenizer: TextTokenizer, role: RoleName, prompt: str) -> TextT
     """The same tokenizer with another prompt in a role, where sentence-transformers would put it."""
     own = tokenizer.text_format.role(role)
     if own.suffix:
-        changed = dataclasses.replace(own, instruction=prompt.removeprefix(own.prefix))
+        changed = dataclasses.replace(own, instruction=prompt.removeprefix(own.prefix)) if prompt else own
     else:
         changed = dataclasses.replace(own, prefix=prompt, instruction="")
     text_format = dataclasses.replace(tokenizer.text_format, **{role: changed})

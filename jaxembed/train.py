@@ -1,6 +1,7 @@
 """`python -m jaxembed.train CONFIG [--section.key value …]`: trains an embedder as a config file says."""
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,15 +17,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs, returns the exit status: 0 also after SIGTERM, 1 for a run that failed."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxembed.train",
+        usage="%(prog)s CONFIG [--section.key value …]\n       %(prog)s --resume RUN_DIR [--section.key value …]",
         description="Train an embedder as a config file says.",
         epilog="options of the config file, each also on the command line:\n\n" + options_help(TrainConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its latest readable checkpoint")
     arguments, overrides = parser.parse_known_args(argv)
-    if (arguments.config is None) == (arguments.resume is None):
-        parser.error("give a CONFIG, or --resume RUN_DIR")
+    # CONFIG is no argument of the parser's: after --resume it would be the value of the first override.
+    if arguments.resume is None and (not overrides or overrides[0].startswith("-")):
+        parser.error("the first argument has to be a config file, such as configs/quickstart.yaml, or --resume RUN_DIR")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "httpx", "bm25s", "datasets", "orbax", "sentence_transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--resume {arguments.resume}: no config.yaml there, so no run")
         config = load_config(path, [*overrides, "--run_dir", arguments.resume])
     else:
-        config = load_config(arguments.config, overrides)
+        config = load_config(overrides[0], overrides[1:])
 
     from jaxembed.checkpoint.export import ExportError  # after the config is known to be good: JAX takes seconds
     from jaxembed.checkpoint.orbax import CheckpointError
@@ -44,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(config, resume=arguments.resume is not None)
     except (TrainingError, CheckpointError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: could not write in {config.run_dir}: {error}; make room, then --resume it", file=sys.stderr)
         return 1
     return 0
 

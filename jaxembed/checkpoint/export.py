@@ -87,7 +87,7 @@ def write_sentence_transformers(
         InputError: the directory is there and not empty, and `overwrite` is False or it holds something else.
     """
     target = Path(directory).absolute()
-    _refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)
@@ -194,7 +194,12 @@ def edge_texts(text_format: TextFormat) -> list[str]:
     return texts
 
 
-def _refuse_existing(target: Path, overwrite: bool) -> None:
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Refuses a directory that `write_sentence_transformers` would refuse.
+
+    Raises:
+        InputError: it is there and not empty, and `overwrite` is False or it holds something else than a model.
+    """
     if not target.exists():
         return
     if not target.is_dir():

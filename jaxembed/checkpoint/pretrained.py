@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxembed.checkpoint.huggingface import load_weights, read_config
 from jaxembed.errors import InputError
 from jaxembed.models import Family, family_of
-from jaxembed.sharding import named_shardings, partition_specs
+from jaxembed.sharding import check_divisible, named_shardings, partition_specs
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*/config.json"]
 
@@ -101,12 +101,14 @@ def load_decoder(
         mesh: where to put them, by the rules table; None: on the default device.
 
     Raises:
-        InputError: config or weights are missing, damaged, or not of a supported architecture.
+        InputError: config or weights are missing, damaged, not of a supported architecture, or not divided by the mesh.
     """
     huggingface_config = read_config(directory)
     family = family_of(huggingface_config)
     config = family.config.from_huggingface(huggingface_config)
     graph, abstract = abstract_decoder(family, config)
+    if mesh is not None:
+        check_divisible(abstract, mesh)
     flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(abstract)}
     arrays = load_weights(
         directory,
@@ -127,8 +129,14 @@ def load_decoder(
 
 
 def random_decoder(family: Family, config: Any, seed: int, mesh: Mesh | None = None) -> Decoder:
-    """A decoder with random weights, made where they will live."""
+    """A decoder with random weights, made where they will live.
+
+    Raises:
+        InputError: the mesh does not divide it.
+    """
     graph, abstract = abstract_decoder(family, config)
+    if mesh is not None:
+        check_divisible(abstract, mesh)
     shardings = named_shardings(partition_specs(abstract), mesh) if mesh is not None else None
     initialise = jax.jit(lambda key: nnx.split(family.model(key, config))[1], out_shardings=shardings)
     return Decoder(nnx.merge(graph, initialise(jax.random.key(seed))), family, config, config.to_huggingface())

@@ -163,7 +163,7 @@ class _Inputs:
     sizes: Int64[np.ndarray, " datasets"]
     counts: Int64[np.ndarray, " datasets"]
     codes: Int64[np.ndarray, " entries"]
-    starts: Int64[np.ndarray, " examples+1"]
+    starts: Int64[np.ndarray, " bounds"]
     digest: str
 
 

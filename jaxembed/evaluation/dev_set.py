@@ -54,10 +54,10 @@ class DevSet:
         }
 
     def search(self, embedder: Embedder, queries: list[str], hits: int = 3) -> list[list[tuple[float, str, str]]]:
-        """For each query its best documents: (cosine, where from, text)."""
-        found = embedder.encode_query(queries, show_progress_bar=False)
-        documents = embedder.encode_document(self.documents, show_progress_bar=False)
-        scores = embedder.similarity(found, documents)
+        """For each query its best documents by cosine: (cosine, where from, text)."""
+        found = embedder.encode_query(queries, normalize_embeddings=True, show_progress_bar=False)
+        documents = embedder.encode_document(self.documents, normalize_embeddings=True, show_progress_bar=False)
+        scores = found @ documents.T
         best = top_documents(found, documents, min(hits, len(documents)))
         hit = lambda row, document: (float(row[document]), self.ids[document], self.documents[document])  # noqa: E731
         return [[hit(row, document) for document in which] for row, which in zip(scores, best.tolist())]

@@ -40,6 +40,8 @@ class BloomConfig:
     heads: int
     epsilon: float = 1e-5
     residual_after_norm: bool = False
+    initializer_range: float = 0.02
+    """Standard deviation of random matrices."""
 
     @property
     def head_dim(self) -> int:
@@ -66,6 +68,7 @@ class BloomConfig:
             heads=read("n_head", "num_attention_heads"),
             epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
             residual_after_norm=bool(config.get("apply_residual_connection_post_layernorm", False)),
+            initializer_range=float(config.get("initializer_range", 0.02)),
         )
         if result.dim % result.heads:
             raise InputError(f"config.json: {result.heads} heads do not divide the hidden size {result.dim}")
@@ -82,7 +85,7 @@ class BloomConfig:
             "n_head": self.heads,
             "layer_norm_epsilon": self.epsilon,
             "apply_residual_connection_post_layernorm": self.residual_after_norm,
-            "initializer_range": 0.02,
+            "initializer_range": self.initializer_range,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
             "use_cache": False,
@@ -92,8 +95,8 @@ class BloomConfig:
         }
 
 
-def _normal(key: Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    return nnx.Param(0.02 * jax.random.normal(key, shape, jnp.float32), axes=axes)
+def _normal(key: Array, shape: tuple[int, ...], axes: tuple[str, ...], deviation: float) -> nnx.Param:
+    return nnx.Param(deviation * jax.random.normal(key, shape, jnp.float32), axes=axes)
 
 
 def _constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -113,8 +116,10 @@ class LayerNorm(nnx.Module):
 class Linear(nnx.Module):
     """x · kernel + bias, over the kernel's leading `contracted` dimensions."""
 
-    def __init__(self, key: Array, shape: tuple[int, ...], axes: tuple[str, ...], contracted: int = 1):
-        self.kernel = _normal(key, shape, axes)
+    def __init__(
+        self, key: Array, shape: tuple[int, ...], axes: tuple[str, ...], deviation: float, contracted: int = 1
+    ):
+        self.kernel = _normal(key, shape, axes, deviation)
         bias_axes = tuple("features" if axis == "embed" else axis for axis in axes[contracted:])
         self.bias = _constant(0.0, shape[contracted:], bias_axes)
         self.contracted = contracted
@@ -129,7 +134,7 @@ class Projections(nnx.Module):
 
     def __init__(self, key: Array, config: BloomConfig):
         shape = (3, config.dim, config.heads, config.head_dim)
-        self.kernel = _normal(key, shape, ("qkv", "embed", "heads", "head_dim"))
+        self.kernel = _normal(key, shape, ("qkv", "embed", "heads", "head_dim"), config.initializer_range)
         self.bias = _constant(0.0, (3, *shape[2:]), ("qkv", "heads", "head_dim"))
 
     def __call__(
@@ -149,13 +154,13 @@ class Layer(nnx.Module):
 
     def __init__(self, key: Array, config: BloomConfig):
         keys = jax.random.split(key, 4)
-        dim, heads, head_dim = config.dim, config.heads, config.head_dim
+        dim, heads, head_dim, deviation = config.dim, config.heads, config.head_dim, config.initializer_range
         self.attention_norm = LayerNorm(config)
         self.qkv = Projections(keys[0], config)
-        self.out = Linear(keys[1], (heads, head_dim, dim), ("heads", "head_dim", "embed"), contracted=2)
+        self.out = Linear(keys[1], (heads, head_dim, dim), ("heads", "head_dim", "embed"), deviation, contracted=2)
         self.mlp_norm = LayerNorm(config)
-        self.up = Linear(keys[2], (dim, 4 * dim), ("embed", "mlp"))
-        self.down = Linear(keys[3], (4 * dim, dim), ("mlp", "embed"))
+        self.up = Linear(keys[2], (dim, 4 * dim), ("embed", "mlp"), deviation)
+        self.down = Linear(keys[3], (4 * dim, dim), ("mlp", "embed"), deviation)
         self.residual_after_norm = config.residual_after_norm
 
     def __call__(
@@ -183,7 +188,7 @@ class Bloom(nnx.Module):
 
     def __init__(self, key: Array, config: BloomConfig):
         table_key, last_key, *layer_keys = jax.random.split(key, 1 + config.layers)
-        self.table = _normal(table_key, (config.vocab_size, config.dim), ("vocab", "embed"))
+        self.table = _normal(table_key, (config.vocab_size, config.dim), ("vocab", "embed"), config.initializer_range)
         self.table_norm = LayerNorm(config)
         if layer_keys:
             stacked = jax.vmap(lambda k: Layer(k, config))(jnp.stack(layer_keys))

@@ -13,12 +13,15 @@ import numpy as np
 import tokenizers
 from etils import epath
 from jaxtyping import Int
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxembed.errors import InputError
 from jaxembed.text.format import ROLES, Role, RoleName, TextFormat, read_json, read_text_format, write_text_format
 
 BLOOM_SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+_CASE_CHANGE = r"(?<=[\p{Ll}\p{N}])(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"
+_WORDS = r"[\p{L}\p{M}]+|\p{N}|[^\p{L}\p{M}\p{N}]+"
 
 
 class TextTokenizer:
@@ -159,10 +162,17 @@ def with_markers(tokenizer: tokenizers.Tokenizer, markers: Sequence[str]) -> tok
     return tokenizer
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+def train_byte_level_bpe(
+    texts: Iterable[str], vocab_size: int, split_identifiers: bool = False
+) -> tokenizers.Tokenizer:
     """A byte-level BPE tokenizer with BLOOM's conventions, trained on texts; equal texts give equal tokenizers.
 
     Ids 0 to 3 are `<unk> <s> </s> <pad>`, no space is put before a text, and every sequence ends with `</s>`.
+
+    Args:
+        split_identifiers: words are lower-cased, `camelCase` and `snake_case` are cut into their parts, digits stand
+            alone, and spaces and underscores are dropped, so that a word has the same tokens wherever it stands: in a
+            sentence, at the start of a line, inside an identifier. Lossy: decoding gives neither case nor spaces back.
 
     Raises:
         InputError: `vocab_size` has no room for the four special tokens and the 256 bytes.
@@ -172,7 +182,19 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.To
     if vocab_size < len(special) + len(alphabet):
         raise InputError(f"vocab_size: expected at least {len(special) + len(alphabet)}, got {vocab_size}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split_identifiers:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Replace(Regex(_CASE_CHANGE), " "), normalizers.Lowercase()]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"[\s_]+"), "removed"),
+                pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False

@@ -24,6 +24,7 @@ from flax import nnx
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from jaxembed.checkpoint.export import refuse_existing
 from jaxembed.checkpoint.huggingface import hash_tensors
 from jaxembed.checkpoint.model_card import model_card
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
@@ -35,7 +36,7 @@ from jaxembed.data.sources import Examples, describe_dropped
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
 from jaxembed.evaluation.dev_set import DevSet
-from jaxembed.sharding import check_divisible, compute_dtype, make_mesh
+from jaxembed.sharding import compute_dtype, make_mesh
 from jaxembed.training.filters import TRAINABLE, count
 from jaxembed.training.gradient import LossOptions
 from jaxembed.training.metrics import MetricsWriter
@@ -53,6 +54,7 @@ from jaxembed.training.step import (
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+RUN_FILE = "run.json"
 
 
 class TrainingError(RuntimeError):
@@ -84,15 +86,18 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
     directory = epath.Path(config.run_dir).expanduser()
     if not resume:
         _refuse_used(directory)
+    refuse_existing(_export_path(config), overwrite=True)
     if config.compile_cache and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     examples = read_sources(config.data.train, config.data)
     dev_sets = [DevSet.of(found) for found in read_sources(config.data.dev, config.data)]
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = prepare_tokenizer(config, examples, directory / "tokenizer")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir: cannot make the directory {directory}: {error}") from error
+    tokenizer = prepare_tokenizer(config, examples, directory / "tokenizer", resume=resume)
     decoder = prepare_decoder(config, tokenizer, mesh, _parameter_dtype(config))
-    check_divisible(nnx.state(decoder.model), mesh)
     batches = prepare_batches(config, examples, tokenizer, mesh, decoder.config.dim)
     steps = len(batches)
 
@@ -118,6 +123,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
         if resume and (found := restore(checkpoints, state, identity)) is not None:
             start, state = found
         elif resume:
+            _refuse_other_data(directory, batches)
             logger.info("no checkpoint yet: starting from the beginning")
         else:
             _write_run_files(directory, config, batches)
@@ -138,7 +144,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
             after = _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done)
             for name, values in after.items():
                 dev[name]["after"] = values
-    model = _export(config, directory, embedder, examples, dev)
+    model = _export(config, embedder, examples, dev)
     _print_results(config, dev, dev_sets, embedder, model)
     return Result(done, True, model, dev)
 
@@ -179,25 +185,23 @@ def _train(
     steps, schedule = len(batches), learning_rate(config.optimizer, len(batches))
     every = config.checkpoint.every_steps
     log = _Log(config, metrics, [found.name for found in examples], schedule)
-    profile = config.profile.window
+    profile = _Profile(config)
 
     def save(done: int) -> None:
         checkpoints.save(done, state, {**identity, "step": done})
 
     with (
         _terminated() as terminated,
+        profile,
         logging_redirect_tqdm(),
         tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True) as bar,
     ):
         for done, fields in enumerate(iterate(batches, start), start + 1):
-            if profile and done == profile[0]:
-                jax.profiler.start_trace(os.path.join(config.run_dir, "profile"))
+            profile.before(done)
             state, measured = step(state, frozen, put_batch(fields, mesh))
             log.add(done, fields, measured)
             _stop_if_not_finite(log.before_last, batches, examples)
-            if profile and done == profile[1]:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+            profile.after(done, state)
             at_end, stop = done == steps, terminated()
             evaluating = config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and not at_end
             saving = at_end or stop or (every and done % every == 0)
@@ -260,6 +264,36 @@ class _Log:
         begun = time.perf_counter()
         yield
         self._time += time.perf_counter() - begun
+
+
+class _Profile:
+    """The trace of the steps that the config names, of as many as this run takes; a context manager."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._window = config.profile.window
+        self._directory = os.path.join(config.run_dir, "profile")
+        self._tracing = False
+
+    def before(self, done: int) -> None:
+        if self._window and self._window[0] <= done <= self._window[1] and not self._tracing:
+            jax.profiler.start_trace(self._directory)
+            self._tracing = True
+
+    def after(self, done: int, state: TrainState) -> None:
+        if self._tracing and self._window and done == self._window[1]:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._tracing = False
+
+    def __enter__(self) -> "_Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tracing:
+            self._stop()
 
 
 def _stop_if_not_finite(measured: tuple[int, StepMetrics] | None, batches: Batches, examples: list[Examples]) -> None:
@@ -338,14 +372,17 @@ def _evaluate_before(
     return dev
 
 
+def _export_path(config: TrainConfig) -> Path:
+    return Path(config.export.path or os.path.join(config.run_dir, "model")).expanduser()
+
+
 def _export(
     config: TrainConfig,
-    directory: epath.Path,
     embedder: Embedder,
     examples: list[Examples],
     dev: dict[str, dict[str, dict[str, float]]],
 ) -> Path:
-    path = Path(config.export.path or os.fspath(directory / "model")).expanduser()
+    path = _export_path(config)
     card = model_card(
         name=path.name,
         text_format=embedder.text_format,
@@ -401,8 +438,16 @@ def _refuse_used(directory: epath.Path) -> None:
         )
 
 
+def _refuse_other_data(directory: epath.Path, batches: Batches) -> None:
+    plan = json.loads((directory / RUN_FILE).read_text())["plan"]
+    if plan != batches.schedule.hash:
+        raise InputError(
+            f"{directory}: this run began with other data: its plan is {plan!r}, now {batches.schedule.hash!r}; "
+            "bring back the data, or begin another run"
+        )
+
+
 def _write_run_files(directory: epath.Path, config: TrainConfig, batches: Batches) -> None:
-    (directory / CONFIG_FILE).write_text(dump_config(config))
     about = {
         "command": sys.argv,
         "git": _git_revision(),
@@ -412,7 +457,8 @@ def _write_run_files(directory: epath.Path, config: TrainConfig, batches: Batche
         "devices": [device.device_kind for device in jax.devices()],
         "versions": _versions(),
     }
-    (directory / "run.json").write_text(json.dumps(about, indent=2))
+    (directory / RUN_FILE).write_text(json.dumps(about, indent=2))
+    (directory / CONFIG_FILE).write_text(dump_config(config))  # last: where it is, a run is
 
 
 def _versions() -> dict[str, str]:
@@ -468,5 +514,6 @@ def _start_line(
         f"{count(trainable):,} parameters train, {count(frozen):,} are frozen, {options.dtype} computes; "
         f"{jax.device_count()} × {device.device_kind} ({shape}); {batches.schedule.batch_size} pairs a step in {rows} "
         f"rows of {layout.row_length}, {layout.chunk_rows} rows a chunk, expected density {layout.density:.2f}, "
-        f"{len(layout.chunks)} compiled step(s); steps {start + 1} to {len(batches)}"
+        f"{len(layout.chunks)} compiled step(s); "
+        + (f"steps {start + 1} to {len(batches)}" if start < len(batches) else f"all {start} steps are done")
     )

@@ -22,6 +22,7 @@ class MetricsWriter:
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= after_step]
         self._path.write_text("".join(f"{line}\n" for line in kept))
         local = os.path.exists(self._path)  # a bucket cannot append
+        self._kept = {_names(line) for line in kept}
         self._file = open(self._path, "a", buffering=1) if local else None  # noqa: SIM115 (closed on leaving)
         self._rows = kept
         self._events: Any = None
@@ -31,9 +32,11 @@ class MetricsWriter:
             self._events = SummaryWriter(os.fspath(directory / "tensorboard"), purge_step=after_step + 1)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
-        """One row; names become `prefix/name`."""
+        """One row; names become `prefix/name`. A row that is there already, of before a resumption, stays as it is."""
         named = {f"{prefix}/{name}" if prefix else name: value for name, value in values.items()}
         line = json.dumps({"step": step, **named})
+        if _names(line) in self._kept:
+            return
         if self._file is not None:
             self._file.write(line + "\n")
         else:
@@ -51,6 +54,11 @@ class MetricsWriter:
             self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _names(line: str) -> tuple[Any, ...]:
+    row = json.loads(line)
+    return row["step"], *row.keys()
 
 
 def _step(line: str) -> float:

@@ -19,7 +19,7 @@ from jaxembed.data.python_source import harvest_python
 from jaxembed.data.sources import Examples, read_jsonl, summary
 from jaxembed.errors import InputError
 from jaxembed.models import FAMILIES
-from jaxembed.text.format import DEFAULT_TEXT_FORMAT, Role, TextFormat
+from jaxembed.text.format import DEFAULT_TEXT_FORMAT, Role, TextFormat, write_json
 from jaxembed.text.tokenizer import TextTokenizer, load_tokenizer, train_byte_level_bpe, with_end_token
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,13 @@ def configured_format(config: TrainConfig) -> TextFormat | None:
     )
 
 
-def prepare_tokenizer(config: TrainConfig, examples: Sequence[Examples], saved: epath.Path) -> TextTokenizer:
+def prepare_tokenizer(
+    config: TrainConfig, examples: Sequence[Examples], saved: epath.Path, *, resume: bool = False
+) -> TextTokenizer:
     """The model's tokenizer, a given one, or one trained on the training texts; kept in `saved` for a resumed run."""
-    text_format = configured_format(config)
-    if (saved / "tokenizer.json").exists():
+    if resume:
         return TextTokenizer.from_directory(saved)
+    text_format = configured_format(config)
     if config.model.path is not None:
         tokenizer = _tokenizer_of_model(find_directory(config.model.path), text_format)
     else:
@@ -86,10 +88,13 @@ def prepare_tokenizer(config: TrainConfig, examples: Sequence[Examples], saved: 
         else:
             assert config.tokenizer.train_vocab_size is not None
             texts = (text for source in examples for column in (source.anchors, source.positives) for text in column)
-            raw = train_byte_level_bpe(texts, config.tokenizer.train_vocab_size)
+            raw = train_byte_level_bpe(
+                texts, config.tokenizer.train_vocab_size, split_identifiers=config.tokenizer.split_identifiers
+            )
         tokenizer = TextTokenizer(raw, text_format)
     saved.mkdir(parents=True, exist_ok=True)
     tokenizer.save(saved)
+    write_json(saved / "tokenizer_config.json", tokenizer.special_tokens)
     return tokenizer
 
 
@@ -130,6 +135,7 @@ def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, d
         layers=scratch.layers,
         heads=scratch.heads,
         epsilon=scratch.layer_norm_epsilon,
+        initializer_range=scratch.initializer_range,
     )
     return random_decoder(family, shape, config.seed, mesh)
 
@@ -150,7 +156,11 @@ def prepare_batches(
         )
     cache_dir = os.path.expanduser(config.data.cache_dir or "~/.cache/jaxembed/tokens")
     weights = [source.weight for source in config.data.train]
-    table, data_sets = tokenize_examples(examples, weights, tokenizer, cache_dir, config.training.negatives)
+    held = max((len(row) for source in examples for row in source.negatives), default=0)
+    negatives = held if config.training.negatives is None else config.training.negatives
+    if negatives > held:
+        raise InputError(f"training.negatives: {negatives} hard negatives a query, but the sources have {held} at most")
+    table, data_sets = tokenize_examples(examples, weights, tokenizer, cache_dir, negatives)
     schedule = run_plan(
         data_sets,
         table.hashes,

@@ -1,4 +1,4 @@
-"""From a name to a decoder: where it is looked for, what is said when it is not there, where its weights come to lie."""
+"""From a name to a decoder: where it is looked for, what is said when it is not there, where its weights lie."""
 
 import json
 from pathlib import Path
@@ -175,10 +175,8 @@ def test_random_weights_do_not_depend_on_the_mesh() -> None:
     family = FAMILIES["bloom"]
     alone = random_decoder(family, CONFIG, seed=3)
     spread = random_decoder(family, CONFIG, seed=3, mesh=make_mesh(data=2, fsdp=4))
-    other = random_decoder(family, CONFIG, seed=4)
     for path, array in flat(alone.model).items():
         np.testing.assert_array_equal(array, flat(spread.model)[path])
-    assert not np.array_equal(alone.model.table[...], other.model.table[...])
     assert family.config.from_huggingface(alone.huggingface_config) == CONFIG
     # transformers takes them for a model of its own.
     specs, tensors = iter_huggingface(flat(alone.model), family.weight_map(CONFIG), CONFIG.layers)

@@ -5,6 +5,8 @@ That exported models get the same ids in sentence-transformers is tested in `tes
 
 import dataclasses
 import inspect
+import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe, with_en
 
 TEXTS = [Path(dataclasses.__file__).read_text(), Path(np.__file__).read_text(), "größe naïve 排序 🎉"]
 BPE = train_byte_level_bpe(TEXTS, 600)
+SPLIT = train_byte_level_bpe(TEXTS, 600, split_identifiers=True)
 MARKED = with_markers(BPE, UDEVER_MARKERS)
 PREFIXES = dataclasses.replace(DEFAULT_TEXT_FORMAT, max_length=16)
 MARKERS = dataclasses.replace(UDEVER, max_length=16)
@@ -28,6 +31,7 @@ MARKER_TOKENIZER = TextTokenizer(MARKED, MARKERS)
 
 texts = st.lists(st.text(max_size=40) | st.sampled_from(["[EOQ] </s>", " [BOD]", "a" * 99, "\n", "  "]), max_size=4)
 roles = st.sampled_from(ROLES)
+COMMON = st.characters(max_codepoint=0xFFFF, exclude_categories=["Cn", "Cs"])  # alike in all versions of Unicode
 
 
 def transformers_ids(text: str, max_length: int, add_special_tokens: bool) -> list[int]:
@@ -185,3 +189,60 @@ def test_trained_bpe() -> None:
     assert BPE.decode(ids) == text
     with pytest.raises(InputError, match="260"):
         train_byte_level_bpe(TEXTS, 259)
+
+
+def test_split_identifiers_gives_a_word_the_same_tokens_everywhere() -> None:
+    def ids(text: str) -> list[int]:
+        return SPLIT.encode(text, add_special_tokens=False).ids
+
+    def of_words(text: str) -> list[int]:
+        return [token for word in text.split() for token in ids(word)]
+
+    for text in (" Read\n\tHTTP  header ", "_read_http_header", "readHTTPHeader", "ReadHttpHeader"):
+        assert ids(text) == of_words("read http header"), text
+    assert ids("def größe2Max(x):") == of_words("def größe 2 max ( x ):")
+    assert SPLIT.encode(" \n_ ").ids == [2]
+    assert SPLIT.decode(ids("def Größe_排序 ('🎉')\x00")) == "defgröße排序('🎉')\x00"
+    assert SPLIT.to_str() == train_byte_level_bpe(TEXTS, 600, split_identifiers=True).to_str()
+
+
+@given(st.text(COMMON, max_size=60) | st.from_regex(r"([A-Za-z]{1,4}[0-9_ ]?){1,9}", fullmatch=True))
+@settings(max_examples=100, deadline=None)
+def test_split_identifiers_against_reading_character_by_character(text: str) -> None:
+    """Cut where the case rises or the kind of character changes; spaces and underscores alone are lost."""
+
+    def category(character: str) -> str:
+        return unicodedata.category(character) if character else ""
+
+    def kind(character: str) -> str:
+        return {"L": "word", "M": "word"}.get(category(character)[:1], "other")
+
+    pieces, before = [], " "
+    for character, after in zip(text, [*text[1:], ""]):
+        previous, here = category(before), category(character)
+        acronym_ends = previous == "Lu" and category(after) == "Ll"
+        rises = here == "Lu" and (previous == "Ll" or previous[0] == "N" or acronym_ends)
+        if not _lost(character):
+            number = here[0] == "N" or previous[0] == "N"
+            if _lost(before) or rises or number or kind(character) != kind(before):
+                pieces.append("")
+            pieces[-1] += character
+        before = character
+    found = SPLIT.pre_tokenizer.pre_tokenize_str(SPLIT.normalizer.normalize_str(text))
+    assert [SPLIT.decoder.decode([piece]) for piece, _ in found] == ["".join(map(str.lower, piece)) for piece in pieces]
+
+
+def _lost(character: str) -> bool:
+    return character == "_" or (character.isspace() and character not in "\x1c\x1d\x1e\x1f")
+
+
+@given(texts, roles)
+@settings(max_examples=50, deadline=None)
+def test_split_identifiers_is_read_by_transformers(texts: list[str], role: RoleName) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        TextTokenizer(SPLIT, PREFIXES).save(directory)
+        theirs = PreTrainedTokenizerFast(tokenizer_file=f"{directory}/tokenizer.json", model_max_length=16)
+        ours = TextTokenizer.from_directory(directory)
+    expected = [theirs(PREFIXES.role(role).prefix + text, truncation=True)["input_ids"] for text in texts]
+    assert [ids.tolist() for ids in ours(texts, role)] == expected
+    assert all(0 not in ids for ids in expected)

@@ -109,7 +109,8 @@ def their_losses(directory, trainable, negatives, cached, batches):
     losses = []
     for batch in batches:
         features = [
-            model.preprocess([column[number] for number in batch], prompt=model.prompts[role]) for role, column in columns
+            model.preprocess([column[number] for number in batch], prompt=model.prompts[role])
+            for role, column in columns
         ]
         value = loss(features, None)
         value.backward()

@@ -1,0 +1,399 @@
+"""The gradient of any batch on any mesh: against torch in float64, against itself, and what it compiles to."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from blooms import abstract_bloom, from_torch, in_jax, random_bloom
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxembed.data.loader import RowLayout, pack_batch
+from jaxembed.models.bloom import LAYER_CHECKPOINTS, BloomConfig
+from jaxembed.sharding import make_mesh, named_shardings, partition_specs
+from jaxembed.training.filters import TRAINABLE, count, decays
+from jaxembed.training.gradient import Batch, LossOptions, global_value_and_grad
+from jaxembed.training.step import TrainState, initial_state, make_step, put_batch
+
+CONFIG = BloomConfig(vocab_size=100, dim=32, layers=3, heads=4)
+QUERIES, NEGATIVES, LONGEST, ROW = 16, 2, 20, 32
+TEMPERATURE = 0.1
+OPTIONS = LossOptions(temperature=TEMPERATURE, tile=5, data_sets=3)
+
+
+# ---- batches
+
+
+def texts_of(step: int) -> list[np.ndarray]:
+    """Of the same lengths at every step, so that all batches have one shape."""
+    lengths = np.random.default_rng(0).integers(1, LONGEST + 1, QUERIES * (2 + NEGATIVES))
+    rng = np.random.default_rng(step)
+    return [rng.integers(4, CONFIG.vocab_size, length).astype(np.int32) for length in lengths]
+
+
+EXAMPLES = np.arange(QUERIES * (2 + NEGATIVES)).reshape(QUERIES, 2 + NEGATIVES)
+EXAMPLES[::3, 3] = EXAMPLES[4, 2:] = -1  # hard negatives that an example lacks
+DATA_SET = np.arange(QUERIES) % 3
+
+
+def batch_of(step: int, mesh: Mesh, chunk_rows: int, chunks: tuple[int, ...] = ()) -> Batch:
+    chips = mesh.shape["data"] * mesh.shape["fsdp"]
+    layout = RowLayout(ROW, slots=6, chunk_rows=chunk_rows, chips=chips, chunks=chunks, density=1.0)
+    fields = pack_batch(texts_of(step), EXAMPLES, DATA_SET, layout)  # pyright: ignore[reportArgumentType] (ids by number)
+    return put_batch(fields, mesh)
+
+
+def one_device() -> Mesh:
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+# ---- the truth
+
+
+@functools.cache
+def reference() -> tuple[float, dict[tuple[str, ...], np.ndarray]]:
+    """Loss and gradient of batch 0 in torch and float64: a text a row, no chunks, no tiles, the whole matrix."""
+    model = random_bloom(CONFIG).double()
+    texts = texts_of(0)
+    ids, mask = np.full((len(texts), LONGEST), 3), np.zeros((len(texts), LONGEST), int)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    states = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state
+    embeddings = torch.nn.functional.normalize(states[torch.arange(len(texts)), torch.tensor(mask.sum(1) - 1)], dim=-1)
+    documents = EXAMPLES[:, 1:].T.ravel()
+    scores = embeddings[EXAMPLES[:, 0]] @ embeddings[documents[documents >= 0]].T / TEMPERATURE
+    loss = torch.nn.functional.cross_entropy(scores, torch.arange(QUERIES))
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(model.parameters()))
+    return loss.item(), in_jax(CONFIG, gradients)
+
+
+@functools.cache
+def split(name: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    return nnx.split(from_torch(CONFIG, random_bloom(CONFIG)), TRAINABLE[name], ...)
+
+
+def assert_same_gradient(found: nnx.State, expected: dict[tuple[str, ...], np.ndarray], record=None) -> None:
+    """max|Δ| ≤ 1e-5 · max|g| of a leaf; the key biases, whose true gradient is zero, are a part of the leaf `qkv`."""
+    worst = {path: np.abs(v[...] - expected[path]).max() / np.abs(expected[path]).max() for path, v in flat(found)}
+    if record is not None:
+        record("gradient", float(max(worst.values())))
+    assert max(worst.values()) <= 1e-5, worst
+
+
+def flat(state: nnx.State) -> list[tuple[tuple[str, ...], Any]]:
+    return list(nnx.to_flat_state(state))
+
+
+def value_and_gradient(options: LossOptions, chunk_rows: int, trainable: str = "full") -> tuple[float, nnx.State]:
+    graph, train, frozen = split(trainable)
+    mesh = one_device()
+    function = global_value_and_grad(graph, train, frozen, options, QUERIES, mesh, check_vma=True)
+    (loss, _), gradient = jax.jit(function)(train, frozen, batch_of(0, mesh, chunk_rows))
+    return float(loss), gradient
+
+
+def test_the_task_does_not_saturate() -> None:
+    """Else all equalities below were cheap."""
+    assert 1 < reference()[0] < 6
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 8, 64])
+def test_chunks_change_nothing(chunk_rows: int, record_property) -> None:
+    """64 holds the batch at once; 3 and 8 do not divide its rows, and the last chunk is filled with empty ones."""
+    loss, gradient = value_and_gradient(OPTIONS, chunk_rows)
+    expected, expected_gradient = reference()
+    record_property("loss", abs(loss / expected - 1))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert_same_gradient(gradient, expected_gradient, record_property)
+
+
+def test_these_chunks_are_what_is_said_of_them() -> None:
+    chunks = {rows: batch_of(0, one_device(), rows).tokens.shape[0] for rows in (1, 3, 8, 64)}
+    assert chunks[64] == 1
+    assert chunks[1] % 3
+    assert chunks[1] % 8
+    assert chunks[3] == math.ceil(chunks[1] / 3)
+    assert chunks[8] == math.ceil(chunks[1] / 8) > 1
+
+
+@pytest.mark.parametrize("chunk_checkpoint", sorted(LAYER_CHECKPOINTS))
+@pytest.mark.parametrize("layer_checkpoint", ["none", "full"])
+def test_checkpoints_change_nothing(chunk_checkpoint: str, layer_checkpoint: str) -> None:
+    options = dataclasses.replace(
+        OPTIONS, chunk_checkpoint=chunk_checkpoint, layer_checkpoint=layer_checkpoint, tile=None
+    )
+    loss, gradient = value_and_gradient(options, chunk_rows=8)
+    assert loss == pytest.approx(reference()[0], rel=1e-6)
+    assert_same_gradient(gradient, reference()[1])
+
+
+def test_bfloat16_is_near_and_gradients_are_float32() -> None:
+    loss, gradient = value_and_gradient(dataclasses.replace(OPTIONS, dtype=jnp.bfloat16), chunk_rows=8)
+    assert loss == pytest.approx(reference()[0], rel=0.02)
+    found = np.concatenate([np.asarray(v[...]).ravel() for _, v in flat(gradient)])
+    expected = np.concatenate([reference()[1][path].ravel() for path, _ in flat(gradient)])
+    assert found.dtype == np.float32
+    assert found @ expected / np.linalg.norm(found) / np.linalg.norm(expected) > 0.99
+
+
+# ---- meshes
+
+STEPS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    losses: np.ndarray
+    norms: np.ndarray
+    by_data_set: np.ndarray
+    before: dict[tuple[str, ...], np.ndarray]
+    after: dict[tuple[str, ...], np.ndarray]
+    text: str
+
+
+def train(trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options: LossOptions = OPTIONS) -> Run:
+    """Five steps of AdamW with decay and clipping, and the text of the compiled step."""
+    graph, train, frozen = split(trainable)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3, weight_decay=0.1, mask=decays))
+    place = lambda state: jax.device_put(state, named_shardings(partition_specs(state), mesh))  # noqa: E731
+    train, frozen = place(jax.tree.map(jnp.copy, train)), place(frozen)
+    arrays = lambda state: {path: np.asarray(v[...]) for path, v in flat(state)}  # noqa: E731
+    before = arrays(train)
+    state = initial_state(optimizer, train, mesh)
+    step = make_step(graph, train, frozen, optimizer, options, QUERIES, mesh, check_vma)
+    compiled = step.lower(state, frozen, batch_of(0, mesh, chunk_rows)).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    metrics = []
+    for number in range(STEPS):
+        state, new = compiled(state, frozen, batch_of(number, mesh, chunk_rows))
+        metrics.append(new)
+    assert int(state.step) == STEPS
+    return Run(
+        np.array([m.loss for m in metrics]),
+        np.array([m.gradient_norm for m in metrics]),
+        np.array([m.by_data_set for m in metrics]),
+        before,
+        arrays(state.trainable),
+        compiled.as_text(),
+    )
+
+
+@functools.cache
+def alone(trainable: str) -> Run:
+    return train(trainable, one_device(), chunk_rows=64, check_vma=True)
+
+
+def assert_same_run(found: Run, expected: Run, record) -> None:
+    """The design's rule for another mesh."""
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-5)
+    np.testing.assert_allclose(found.by_data_set, expected.by_data_set, rtol=1e-5)
+    worst = {}
+    for path, before in expected.before.items():
+        ours, theirs = found.after[path], expected.after[path]
+        if path[-2:] == ("qkv", "bias"):  # [layer, qkv, heads, head_dim]: the key part is noise
+            ours, theirs, before = (np.delete(x, 1, axis=-3) for x in (ours, theirs, before))
+        worst[path] = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs - before)
+    record("losses", float(np.abs(found.losses / expected.losses - 1).max()))
+    record("weights", float(max(worst.values())))
+    assert max(worst.values()) <= 1e-4, worst
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("trainable", ["full", "bitfit"])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1)], ids=str)
+def test_a_mesh_changes_nothing(sizes: tuple[int, int, int], trainable: str, check_vma: bool, record_property) -> None:
+    """Five steps, and the one place where the gradient crosses `data`."""
+    mesh = make_mesh(*sizes)
+    found = train(trainable, mesh, chunk_rows=1, check_vma=check_vma)
+    assert_same_run(found, alone(trainable), record_property)
+
+    moves = list(collectives(found.text))
+    outside = [move for move in moves if not move.in_loop and move.crosses_data(mesh)]
+    assert any(move.kind == "all-reduce" for move in outside)
+    assert loops_of(found.text), "no loop to stand outside of"
+    # Stronger than asked: in loops nothing at all crosses `data`, neither gradients nor anything else.
+    assert not [move for move in moves if move.in_loop and move.crosses_data(mesh)]
+    # And over `fsdp`, where it is split, weights are gathered in the loops, which shows that they are seen.
+    assert any(move.kind == "all-gather" and move.in_loop and move.wide for move in moves) == (sizes[1] > 1)
+
+
+def test_a_tensor_axis_changes_nothing(record_property) -> None:
+    found = train("full", make_mesh(2, 2, 2), chunk_rows=1, check_vma=False)
+    assert_same_run(found, alone("full"), record_property)
+
+
+def test_losses_of_data_sets_are_parts_of_the_loss() -> None:
+    run = alone("bitfit")
+    np.testing.assert_allclose(run.by_data_set[:, 0].sum(1) / QUERIES, run.losses, rtol=1e-6)
+    np.testing.assert_array_equal(run.by_data_set[:, 1], np.tile(np.bincount(DATA_SET), (STEPS, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    kind: str
+    groups: tuple[tuple[int, ...], ...]
+    """Devices that take part together."""
+    in_loop: bool
+
+    @property
+    def wide(self) -> bool:
+        return any(len(group) > 1 for group in self.groups)
+
+    def crosses_data(self, mesh: Mesh) -> bool:
+        row = {device.id: index[0] for index, device in np.ndenumerate(mesh.devices)}
+        return any(len({row[device] for device in group}) > 1 for group in self.groups)
+
+
+def computations_of(text: str) -> dict[str, list[str]]:
+    """The lines of each computation of an HLO module."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            lines = found[head[1]] = []
+        else:
+            lines.append(line)
+    return found
+
+
+def loops_of(text: str) -> set[str]:
+    """Computations that run in a loop: bodies, conditions, and all that they call."""
+    computations = computations_of(text)
+    inside: set[str] = set()
+    waiting = re.findall(r"(?:body|condition)=%?([\w.\-]+)", text)
+    while waiting:
+        if (name := waiting.pop()) not in inside:
+            inside.add(name)
+            waiting += [
+                word for word in re.findall(r"%([\w.\-]+)", "\n".join(computations[name])) if word in computations
+            ]
+    return inside
+
+
+def collectives(text: str) -> Iterator[Collective]:
+    inside = loops_of(text)
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    for name, lines in computations_of(text).items():
+        for line in lines:
+            if found := re.search(rf" ({kinds})(?:-start)?\(", line):
+                yield Collective(found[1], groups_of(line), name in inside)
+
+
+def groups_of(line: str) -> tuple[tuple[int, ...], ...]:
+    """Replica groups in their spellings: {{0,1},{2,3}}, [2,2]<=[4], [2,2]<=[2,2]T(1,0), or pairs of a permutation."""
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, sizes, order = (tuple(map(int, part.split(","))) if part else None for part in iota.groups())
+        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
+        return tuple(map(tuple, devices.tolist()))
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    raise AssertionError(f"groups in an unknown spelling: {line}")
+
+
+def test_reader_of_groups() -> None:
+    assert groups_of("all-reduce(x), replica_groups={{0,1},{2,3}}, to_apply=y") == ((0, 1), (2, 3))
+    assert groups_of("replica_groups=[2,2]<=[4]") == ((0, 1), (2, 3))
+    assert groups_of("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}") == ((0, 2), (1, 3))
+    assert groups_of("source_target_pairs={{0,1},{1,0}}") == ((0, 1), (1, 0))
+
+
+# ---- BitFit
+
+ODD = BloomConfig(vocab_size=53, dim=30, layers=3, heads=5)
+"""No activation below has as many numbers as a matrix of this model."""
+
+
+def abstract_batch(pairs: int, chunks: int, chunk_rows: int, length: int, slots: int) -> Batch:
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    rows = (chunks, chunk_rows)
+    return Batch(
+        tokens=ints(*rows, length),
+        segments=ints(*rows, length),
+        last=ints(*rows, slots),
+        pick=ints(2 * pairs),
+        own=ints(pairs),
+        candidates=ints(pairs),
+        positives=ints(pairs),
+        valid=jax.ShapeDtypeStruct((pairs,), jnp.bool_),  # pyright: ignore[reportArgumentType]
+        data_set=ints(pairs),
+    )
+
+
+def abstract_step(config: BloomConfig, trainable: str, batch: Batch, options: LossOptions) -> jax.stages.Lowered:
+    """A whole step on one device, from shapes alone."""
+    graph, train, frozen = nnx.split(abstract_bloom(config), TRAINABLE[trainable], ...)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=decays))
+    step = make_step(graph, train, frozen, optimizer, options, batch.own.shape[0], one_device())
+    state = TrainState(train, jax.eval_shape(optimizer.init, train), jax.ShapeDtypeStruct((), jnp.int32))  # pyright: ignore[reportArgumentType]
+    return step.lower(state, frozen, batch)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+@pytest.mark.parametrize("trainable", ["full", "bitfit"])
+def test_bitfit_multiplies_for_no_weight(trainable: str) -> None:
+    """Neither as traced nor as compiled; `full` shows that the reader would see it."""
+    batch = abstract_batch(pairs=16, chunks=3, chunk_rows=2, length=32, slots=6)
+    graph, train, frozen = nnx.split(abstract_bloom(ODD), TRAINABLE[trainable], ...)
+    function = global_value_and_grad(graph, train, frozen, OPTIONS, 16, one_device())
+    jaxpr = jax.make_jaxpr(function)(train, frozen, batch).jaxpr
+    made = {
+        (equation.primitive.name, tuple(sorted(equation.outvars[0].aval.shape)))
+        for equation in equations(jaxpr)
+        if equation.primitive.name in ("dot_general", "scatter-add")
+    }
+    weights = {("dot_general", (5, 6, 30)), ("dot_general", (30, 120)), ("scatter-add", (30, 53))}
+    assert made & weights == (weights if trainable == "full" else set())
+
+    text = abstract_step(ODD, trainable, batch, OPTIONS).compile().as_text()
+    sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)}
+    assert sizes
+    assert sizes & {30 * 30, 30 * 120} == ({30 * 30, 30 * 120} if trainable == "full" else set())
+
+
+BLOOM_560M = BloomConfig(vocab_size=250_880, dim=1024, layers=24, heads=16)
+
+
+def test_bitfit_of_560m_has_gradients_and_moments_of_biases_only() -> None:
+    graph, train, frozen = nnx.split(abstract_bloom(BLOOM_560M), TRAINABLE["bitfit"], ...)
+    function = global_value_and_grad(graph, train, frozen, OPTIONS, 16, one_device())
+    _, gradient = jax.eval_shape(function, train, frozen, abstract_batch(16, 2, 2, 32, 6))
+    assert {path[-1] for path, _ in flat(gradient)} == {"bias"}
+    assert count(gradient) == 272_384
+    moments = [x for x in jax.tree.leaves(jax.eval_shape(optax.adamw(1e-3).init, train)) if x.ndim]
+    assert sum(x.size for x in moments) == 2 * 272_384
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("layer_checkpoint", ["none", "dots"])
+def test_memory_does_not_grow_with_the_batch(layer_checkpoint: str, record_property) -> None:
+    """bloom-560m, BitFit, chunks of 8 rows of 128 tokens, four texts a row: 64 pairs and 1,024, compiled, not run."""
+    options = LossOptions(layer_checkpoint=layer_checkpoint)
+    temporary = {}
+    for pairs in (64, 1024):
+        batch = abstract_batch(pairs, chunks=pairs // 16, chunk_rows=8, length=128, slots=16)
+        memory = abstract_step(BLOOM_560M, "bitfit", batch, options).compile().memory_analysis()
+        temporary[pairs] = memory.temp_size_in_bytes
+        record_property(f"{pairs} pairs, MB", memory.temp_size_in_bytes / 1e6)
+    assert temporary[1024] < 1.05 * temporary[64]

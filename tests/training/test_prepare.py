@@ -1,0 +1,222 @@
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from runs import SHAPE, Workshop, make_rows, quick_compilation, write_jsonl  # noqa: F401 (a fixture)
+from safetensors.numpy import load_file
+
+from jaxembed.config import load_config
+from jaxembed.errors import InputError
+from jaxembed.sharding import make_mesh
+from jaxembed.text.format import DEFAULT_TEXT_FORMAT, TEXT_FORMAT_FILE
+from jaxembed.text.tokenizer import TextTokenizer
+from jaxembed.training.prepare import (
+    configured_format,
+    prepare_batches,
+    prepare_decoder,
+    prepare_tokenizer,
+    read_sources,
+)
+
+SCRATCH = {"scratch": {"layers": 2, "dim": 16, "heads": 2}}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(1, 1, 1, jax.devices()[:1])
+
+
+@pytest.fixture
+def load(workshop):
+    """The workshop's config, sections replaced, as a value."""
+    return lambda *overrides, **sections: load_config(
+        workshop.write_config("changed", **sections), [str(override) for override in overrides]
+    )
+
+
+def test_sources_are_read_in_order_with_a_line_of_counts_each(workshop, load, caplog):
+    rows = make_rows(5, seed=3)
+    rows[1]["anchor"] = ""
+    path = write_jsonl(workshop.folder / "few.jsonl", rows)
+    path.write_text(path.read_text() + "not json\n")
+    (workshop.folder / "code").mkdir()
+    (workshop.folder / "code" / "m.py").write_text(
+        'def add(a, b):\n    """Return the sum of two numbers."""\n    c = a + b\n    return c\n'
+    )
+    sources = [
+        {"kind": "jsonl", "name": "few", "path": str(path), "negatives": ["hard"]},
+        {"kind": "python", "name": "code", "path": str(workshop.folder / "code"), "part": "all"},
+    ]
+    config = load(data={"train": sources, "bad_rows": "skip"})
+    with caplog.at_level(logging.INFO):
+        few, code = read_sources(config.data.train, config.data)
+    assert (len(few), few.negatives[0], few.dropped) == (4, (rows[0]["hard"],), {"empty text": 1, "bad row": 1})
+    assert code.anchors == ["Return the sum of two numbers."]
+    assert "few: 4 pairs kept, 2 dropped (1 empty text, 1 bad row)" in caplog.messages
+    assert "code: 1 pair kept, 0 dropped" in caplog.messages
+    with pytest.raises(InputError, match=r"few\.jsonl:6: not JSON"):
+        read_sources(config.data.train, load().data)
+
+
+def test_the_configured_format_says_all_that_the_config_does(load):
+    assert configured_format(load()) is None
+    section = {
+        "query": {"prefix": "[Q]", "suffix": "[E]", "instruction": "find "},
+        "document": {"prefix": "[D]", "suffix": "[E]"},
+        "max_length": 77,
+        "normalize": False,
+        "literal_markers": "text",
+    }
+    found = configured_format(load(text_format=section))
+    assert found is not None
+    values = json.loads(json.dumps(found.to_dict()))
+    assert values["query"] == section["query"]
+    assert values["document"] == {**section["document"], "instruction": ""}
+    assert all(values[key] == section[key] for key in ("max_length", "normalize", "literal_markers"))
+
+
+def test_a_tokenizer_is_trained_on_the_training_texts(workshop, load, tmp_path):
+    config = load(model=SCRATCH, tokenizer={"train_vocab_size": 300})
+    examples = read_sources(config.data.train, config.data)
+    trained = prepare_tokenizer(config, examples, tmp_path / "run")
+    assert trained.vocab_size == 300
+    assert trained.text_format == DEFAULT_TEXT_FORMAT
+    ids = trained(examples[0].positives, "document")
+    assert max(map(max, ids)) >= 260, "no merge of letters that are frequent there"
+    saved = TextTokenizer.from_directory(tmp_path / "run")
+    assert saved.fingerprint == trained.fingerprint
+    assert saved.special_tokens == trained.special_tokens
+
+
+def test_a_resumed_run_has_the_tokenizer_of_its_beginning_and_a_new_run_its_own(workshop, load, tmp_path):
+    config = load(model=SCRATCH, tokenizer={"train_vocab_size": 300})
+    examples = read_sources(config.data.train, config.data)
+    first = prepare_tokenizer(config, examples, tmp_path)
+    other = load(model=SCRATCH, tokenizer={"train_vocab_size": 320}, text_format={"max_length": 20})
+    resumed = prepare_tokenizer(other, examples, tmp_path, resume=True)
+    assert resumed.fingerprint == first.fingerprint
+    begun = prepare_tokenizer(other, examples, tmp_path)  # such as after a run that was refused
+    assert (begun.vocab_size, begun.text_format.max_length) == (320, 20)
+
+
+def test_a_given_tokenizer(workshop, load, tmp_path):
+    expected = TextTokenizer.from_directory(workshop.base)
+    for number, path in enumerate((workshop.base, workshop.base / "tokenizer.json")):
+        config = load(model=SCRATCH, tokenizer={"path": str(path)})
+        assert prepare_tokenizer(config, [], tmp_path / str(number)).fingerprint == expected.fingerprint
+
+
+def test_a_models_tokenizer_has_its_own_format_unless_another_is_given(workshop, load, tmp_path, caplog):
+    base = shutil.copytree(workshop.base, tmp_path / "base")
+    own = prepare_tokenizer(load("--model.path", base), [], tmp_path / "own")
+    assert own.fingerprint == TextTokenizer.from_directory(base).fingerprint
+    given = prepare_tokenizer(load("--model.path", base, "--text_format.max_length", 30), [], tmp_path / "given")
+    assert given.text_format.max_length == 30
+    (base / TEXT_FORMAT_FILE).unlink()
+    with caplog.at_level(logging.INFO):
+        default = prepare_tokenizer(load("--model.path", base), [], tmp_path / "default")
+    assert default.text_format == DEFAULT_TEXT_FORMAT
+    assert "using the default text format" in caplog.text
+
+
+def test_a_tokenizer_without_end_token_gets_one(workshop, load, tmp_path, caplog):
+    base = shutil.copytree(workshop.base, tmp_path / "base")
+    raw = json.loads((base / "tokenizer.json").read_text())
+    assert raw["post_processor"] is not None
+    (base / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": None}))
+    with caplog.at_level(logging.INFO):
+        tokenizer = prepare_tokenizer(load("--model.path", base), [], tmp_path / "run")
+    assert "every text will end with </s>" in caplog.text
+    assert tokenizer(["a text"], "query")[0][-1] == tokenizer.tokenizer.token_to_id("</s>")
+    again = prepare_tokenizer(load("--model.path", base), [], tmp_path / "run", resume=True)
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_special_tokens_outlive_a_resumption(workshop, load, tmp_path):
+    base = shutil.copytree(workshop.base, tmp_path / "base")
+    (base / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<unk>", "eos_token": "</s>"}))
+    begun = prepare_tokenizer(load("--model.path", base), [], tmp_path / "run")
+    resumed = prepare_tokenizer(load("--model.path", base), [], tmp_path / "run", resume=True)
+    assert begun.pad_id == resumed.pad_id == 0
+    assert resumed.special_tokens == begun.special_tokens == {"pad_token": "<unk>", "eos_token": "</s>"}
+
+
+def test_a_decoder_is_read_from_its_directory(workshop, load, tmp_path, mesh):
+    config = load()
+    tokenizer = prepare_tokenizer(config, [], tmp_path)
+    decoder = prepare_decoder(config, tokenizer, mesh, "float32")
+    expected = load_file(workshop.base / "model.safetensors")["word_embeddings.weight"]
+    np.testing.assert_array_equal(np.asarray(decoder.model.table[...]), expected)
+    assert decoder.config.layers == SHAPE.layers
+
+
+def test_a_fresh_decoder_has_the_shape_of_the_config_and_weights_by_the_seed(workshop, load, tmp_path, mesh):
+    config = load(model=SCRATCH, tokenizer={"path": str(workshop.base)})
+    tokenizer = prepare_tokenizer(config, [], tmp_path)
+    arrays = []
+    for seed in (0, 0, 1):
+        decoder = prepare_decoder(config.model_copy(update={"seed": seed}), tokenizer, mesh, "float32")
+        arrays.append([np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(decoder.model))])
+    same = [[np.array_equal(a, b) for a, b in zip(arrays[0], other)] for other in arrays[1:]]
+    assert all(same[0])
+    assert not all(same[1])
+    assert (decoder.config.dim, decoder.config.layers, decoder.config.heads) == (16, 2, 2)
+    assert decoder.config.vocab_size == 264
+    larger = load(model={"scratch": {**SCRATCH["scratch"], "vocab_size": 300}}, tokenizer={"path": str(workshop.base)})
+    assert prepare_decoder(larger, tokenizer, mesh, "float32").config.vocab_size == 300
+
+
+def test_batches_hold_the_texts_of_the_plan(workshop, load, tmp_path, mesh):
+    """Each text of a batch is found again where the batch says, token by token."""
+    rows = make_rows(9, seed=4)
+    second = write_jsonl(tmp_path / "b.jsonl", rows)
+    sources = [
+        {"kind": "jsonl", "name": "a", "path": str(workshop.data)},
+        {"kind": "jsonl", "name": "b", "path": str(second), "negatives": ["hard"]},
+    ]
+    config = load(
+        data={"train": sources, "cache_dir": str(tmp_path / "cache")},
+        training={"batch_size": 10, "epochs": 1.5, "negatives": 1, "chunk_rows": 2},
+    )
+    examples = read_sources(config.data.train, config.data)
+    tokenizer = prepare_tokenizer(config, examples, tmp_path / "run")
+    batches = prepare_batches(config, examples, tokenizer, mesh, 16)
+    assert len(batches) == 8  # 57 pairs, 5 batches an epoch
+    anchors, positives = ([text for found in examples for text in getattr(found, n)] for n in ("anchors", "positives"))
+    negatives = [None] * 48 + [row["hard"] for row in rows]
+    seen = set()
+    for step in range(len(batches)):
+        fields = batches[step]
+        numbers = batches.schedule.batch(step)
+        seen |= set(numbers.tolist())
+        assert fields["data_set"].tolist() == [int(number >= 48) for number in numbers]
+        documents = [positives[n] for n in numbers] + [negatives[n] for n in numbers]
+        assert fields["valid"].tolist() == [text is not None for text in documents]
+        assert fields["tokens"].shape[1] == 2
+        pairs = [("query", anchors[n], fields["own"][i]) for i, n in enumerate(numbers)]
+        pairs += [("document", text, place) for text, place in zip(documents, fields["candidates"]) if text is not None]
+        for role, text, place in pairs:
+            assert read_back(fields, place) == tokenizer([text], role)[0].tolist()
+    assert len(seen) > 48
+
+
+def read_back(fields, place):
+    """The ids of the text whose embedding is the gathered one at that place."""
+    slots = fields["last"].shape[-1]
+    row, slot = divmod(int(fields["pick"][place]), slots)
+    tokens, segments, last = (
+        fields[name].reshape(-1, fields[name].shape[-1]) for name in ("tokens", "segments", "last")
+    )
+    end = int(last[row, slot])
+    inside = segments[row] == segments[row, end]
+    assert np.flatnonzero(inside)[-1] == end
+    return tokens[row][inside].tolist()
