@@ -22,7 +22,12 @@ def pair_counts(overrides: list[str]) -> list[dict[str, object]]:
 
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", overrides)
     return [
-        {"part": part, "data": found.name, "pairs": f"{len(found):,}", "dropped": describe_dropped(found.dropped)}
+        {
+            "part": part,
+            "data": found.name,
+            "pairs": f"{len(found):,}",
+            "dropped": describe_dropped(found.dropped) or "none",
+        }
         for part, sources in (("train", config.data.train), ("dev", config.data.dev))
         for found in read_sources(sources, config.data)
     ]
@@ -55,15 +60,11 @@ def main() -> None:
     print(f"\n{machine()}\n`{' '.join(['python benchmarks/quickstart.py', *overrides])}`\n")
     print(f"{seconds:.0f} s from start to exit, {steps} steps, {memory / 2**20:,.0f} MiB at most.\n")
     print(table(pair_counts(overrides)), end="\n\n")
-    print(
-        table(
-            [
-                {"data": name, "": column, **{metric: f"{value:.4f}" for metric, value in values.items()}}
-                for name, columns in dev.items()
-                for column, values in sorted(columns.items(), key=lambda item: item[0] == "after")
-            ]
-        )
-    )
+    for name, columns in dev.items():
+        metrics = [metric for metric in columns["after"] if metric != "loss"]  # BM25 has none
+        order = [column for column in columns if column != "after"] + ["after"]
+        cells = [{metric: f"{columns[column][metric]:.4f}" for metric in metrics} for column in order]
+        print(table([{name: column, **values} for column, values in zip(order, cells)]))
 
 
 if __name__ == "__main__":

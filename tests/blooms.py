@@ -18,11 +18,11 @@ torch.set_num_threads(1)
 
 def random_bloom(config: BloomConfig, seed: int = 0, scale: float = 0.2) -> BloomModel:
     """transformers' model, float32, every weight, bias and norm moved by normal noise of that scale."""
-    model = BloomModel(TorchConfig(**config.to_huggingface())).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = BloomModel(TorchConfig(**config.to_huggingface())).eval()
         for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(scale * torch.randn(parameter.shape))
     return model
 
 

@@ -90,7 +90,7 @@ def test_specs_of_a_bloom() -> None:
 
 
 def test_parameters_made_on_the_mesh_lie_as_the_rules_say() -> None:
-    """And no chip ever holds more than its part of a matrix: vocabulary and layers are cut along the model dimension."""
+    """No chip ever holds more than its part of a matrix: vocabulary and layers are cut along the model dimension."""
     mesh = make_mesh(2, 4)
     abstract = nnx.state(abstract_bloom(CONFIG))
     shardings = named_shardings(partition_specs(abstract), mesh)
@@ -105,7 +105,9 @@ def test_a_mesh_that_does_not_divide_the_model_names_the_parameter() -> None:
     state = nnx.state(abstract_bloom(CONFIG))
     check_divisible(state, make_mesh(1, 8, 1))
     check_divisible(state, make_mesh(2, 1, 4))
-    with pytest.raises(InputError, match=r"mesh\.tensor: 8 does not divide the 'heads' dimension 4 of parameter last_layer/out/kernel"):
+    with pytest.raises(
+        InputError, match=r"mesh\.tensor: 8 does not divide the 'heads' dimension 4 of parameter last_layer/out/kernel"
+    ):
         check_divisible(state, make_mesh(1, 1, 8))
     odd = nnx.state(abstract_bloom(BloomConfig(vocab_size=50, dim=20, layers=2, heads=4)))
     with pytest.raises(InputError, match=r"mesh\.fsdp: 8 does not divide the 'embed' dimension 20 of parameter "):

@@ -6,13 +6,8 @@ import json
 import logging
 import math
 import os
-import platform
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +21,28 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxembed.checkpoint.export import refuse_existing
 from jaxembed.checkpoint.huggingface import hash_tensors
-from jaxembed.checkpoint.model_card import model_card
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
-from jaxembed.checkpoint.pretrained import Decoder
 from jaxembed.checkpoint.safetensors import TensorSpec
-from jaxembed.config import TrainConfig, dump_config
+from jaxembed.config import TrainConfig
 from jaxembed.data.loader import Batches, iterate
-from jaxembed.data.sources import Examples, describe_dropped
+from jaxembed.data.sources import Examples
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
 from jaxembed.evaluation.dev_set import DevSet
 from jaxembed.sharding import compute_dtype, make_mesh
-from jaxembed.training.filters import TRAINABLE, count
+from jaxembed.training.filters import TRAINABLE
 from jaxembed.training.gradient import LossOptions
-from jaxembed.training.metrics import MetricsWriter
+from jaxembed.training.metrics import MetricsWriter, StepLog
 from jaxembed.training.prepare import prepare_batches, prepare_decoder, prepare_tokenizer, read_sources
+from jaxembed.training.report import (
+    CONFIG_FILE,
+    RUN_FILE,
+    export_path,
+    print_results,
+    start_line,
+    write_model,
+    write_run_files,
+)
 from jaxembed.training.step import (
     StepMetrics,
     TrainState,
@@ -52,9 +54,6 @@ from jaxembed.training.step import (
 )
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
-RUN_FILE = "run.json"
 
 
 class TrainingError(RuntimeError):
@@ -86,7 +85,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
     directory = epath.Path(config.run_dir).expanduser()
     if not resume:
         _refuse_used(directory)
-    refuse_existing(_export_path(config), overwrite=True)
+    refuse_existing(export_path(config), overwrite=True)
     if config.compile_cache and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -126,8 +125,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
             _refuse_other_data(directory, batches)
             logger.info("no checkpoint yet: starting from the beginning")
         else:
-            _write_run_files(directory, config, batches)
-        logger.info("%s", _start_line(decoder, trainable, frozen, mesh, batches, options, start))
+            write_run_files(directory, config, batches)
+        logger.info("%s", start_line(decoder, trainable, frozen, mesh, batches, options, start))
         with MetricsWriter(directory, tensorboard=config.logging.tensorboard, after_step=start) as metrics:
             dev = _evaluate_before(config, directory, dev_sets, embedder, metrics)
             state, finished = _train(
@@ -144,8 +143,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
             after = _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done)
             for name, values in after.items():
                 dev[name]["after"] = values
-    model = _export(config, embedder, examples, dev)
-    _print_results(config, dev, dev_sets, embedder, model)
+    model = write_model(config, embedder, examples, dev)
+    print_results(config, dev, dev_sets, embedder, model)
     return Result(done, True, model, dev)
 
 
@@ -184,7 +183,7 @@ def _train(
     """Steps `start` … end; (state, whether it came to the end)."""
     steps, schedule = len(batches), learning_rate(config.optimizer, len(batches))
     every = config.checkpoint.every_steps
-    log = _Log(config, metrics, [found.name for found in examples], schedule)
+    log = StepLog(metrics, [found.name for found in examples], schedule)
     profile = _Profile(config)
 
     def save(done: int) -> None:
@@ -219,51 +218,6 @@ def _train(
                     evaluate(done, state)
     checkpoints.wait()
     return state, True
-
-
-class _Log:
-    """Step metrics on their way from the devices to files: fetched one step late, so that nothing waits for them."""
-
-    def __init__(self, config: TrainConfig, metrics: MetricsWriter, names: list[str], schedule: Any) -> None:
-        self._writer, self._names, self._schedule = metrics, names, schedule
-        self._pairs = config.training.batch_size
-        self.last: tuple[int, StepMetrics] | None = None
-        self.before_last: tuple[int, StepMetrics] | None = None
-        self._since: list[tuple[dict[str, Any], StepMetrics]] = []
-        self._time = time.perf_counter()
-
-    def add(self, done: int, fields: dict[str, Any], measured: StepMetrics) -> None:
-        self.before_last, self.last = self.last, (done, measured)
-        self._since.append((fields, measured))
-
-    def write(self, done: int) -> str:
-        """One row of means since the last; its short form for the progress bar."""
-        fetched = jax.device_get([measured for _, measured in self._since])
-        seconds = time.perf_counter() - self._time
-        texts = sum(int((fields["last"] >= 0).sum()) for fields, _ in self._since)
-        tokens = sum(fields["tokens_used"] for fields, _ in self._since)
-        positions = sum(fields["tokens"].size for fields, _ in self._since)
-        values = {
-            "loss": float(np.mean([m.loss for m in fetched])),
-            "gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),
-            "learning_rate": float(self._schedule(done - 1)),
-            "texts_per_second": texts / seconds,
-            "tokens_per_second": tokens / seconds,
-            "density": tokens / positions,
-        }
-        sums = np.sum([m.by_data_set for m in fetched], axis=0)
-        if len(self._names) > 1:
-            values |= {f"loss/{name}": float(a / n) for name, a, n in zip(self._names, *sums) if n}
-        self._writer.write(done, values, "train")
-        self._since, self._time = [], time.perf_counter()
-        return f"loss {values['loss']:.4f}, {values['texts_per_second']:,.0f} texts/s"
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time that does not count as training."""
-        begun = time.perf_counter()
-        yield
-        self._time += time.perf_counter() - begun
 
 
 class _Profile:
@@ -372,64 +326,6 @@ def _evaluate_before(
     return dev
 
 
-def _export_path(config: TrainConfig) -> Path:
-    return Path(config.export.path or os.path.join(config.run_dir, "model")).expanduser()
-
-
-def _export(
-    config: TrainConfig,
-    embedder: Embedder,
-    examples: list[Examples],
-    dev: dict[str, dict[str, dict[str, float]]],
-) -> Path:
-    path = _export_path(config)
-    card = model_card(
-        name=path.name,
-        text_format=embedder.text_format,
-        dim=embedder.dim,
-        base_model=config.model.path,
-        training_data=[
-            {"name": found.name, "pairs": len(found), "dropped": describe_dropped(found.dropped) or "none"}
-            for found in examples
-        ],
-        config=config.model_dump(mode="json"),
-        results=[
-            {"data": name, "metric": metric, **{column: f"{values[metric]:.4f}" if metric in values else ""
-             for column, values in columns.items()}}
-            for name, columns in dev.items() for metric in columns["after"]
-        ],
-        versions=_versions(),
-    )  # fmt: skip
-    found = embedder.save_pretrained(path, card=card, overwrite=True, verify=config.export.verify == "auto")
-    if found is not None:
-        logger.info("%s", found)
-    elif config.export.verify == "auto":
-        logger.info("the export was not read back: sentence-transformers is not installed here")
-    return path
-
-
-def _print_results(
-    config: TrainConfig,
-    dev: dict[str, dict[str, dict[str, float]]],
-    dev_sets: list[DevSet],
-    embedder: Embedder,
-    model: Path,
-) -> None:
-    for found in dev_sets:
-        columns = dev[found.name]
-        print(f"\n{found.name}: {len(found.queries):,} queries, {len(found.documents):,} documents")
-        width = max(map(len, columns))
-        print(f"  {'':{width}}  " + "  ".join(f"{name:>10}" for name in columns["after"]))
-        for column, values in columns.items():
-            cells = (f"{values[name]:10.4f}" if name in values else " " * 10 for name in columns["after"])
-            print(f"  {column:{width}}  " + "  ".join(cells))
-        for query, hits in zip(config.evaluation.searches, found.search(embedder, config.evaluation.searches)):
-            print(f"\n  {query!r}")
-            for score, source, text in hits:
-                print(f"    {score:.3f}  {source}  {' '.join(text.split())[:70]}")
-    print(f"\nmodel: {model}\nrun:   {config.run_dir}")
-
-
 def _refuse_used(directory: epath.Path) -> None:
     if (directory / CONFIG_FILE).exists():
         raise InputError(
@@ -447,43 +343,6 @@ def _refuse_other_data(directory: epath.Path, batches: Batches) -> None:
         )
 
 
-def _write_run_files(directory: epath.Path, config: TrainConfig, batches: Batches) -> None:
-    about = {
-        "command": sys.argv,
-        "git": _git_revision(),
-        "plan": batches.schedule.hash,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "versions": _versions(),
-    }
-    (directory / RUN_FILE).write_text(json.dumps(about, indent=2))
-    (directory / CONFIG_FILE).write_text(dump_config(config))  # last: where it is, a run is
-
-
-def _versions() -> dict[str, str]:
-    names = ("jaxembed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
-    found = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _git_revision() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
 def _parameter_dtype(config: TrainConfig) -> Any:
     """What is loaded: float32 where everything trains, what the config says for a frozen base."""
     frozen = config.training.trainable != "full"
@@ -495,25 +354,3 @@ def _hash(frozen: nnx.State) -> str | None:
     arrays = [("/".join(map(str, path)), variable[...]) for path, variable in nnx.to_flat_state(frozen)]
     specs = [TensorSpec(name, array.dtype, array.shape) for name, array in arrays]
     return hash_tensors(specs, ((name, np.asarray(array)) for name, array in arrays)) if arrays else None
-
-
-def _start_line(
-    decoder: Decoder,
-    trainable: nnx.State,
-    frozen: nnx.State,
-    mesh: Any,
-    batches: Batches,
-    options: LossOptions,
-    start: int,
-) -> str:
-    layout, device = batches.layout, jax.devices()[0]
-    rows = "/".join(str(chunks * layout.chunk_rows * layout.chips) for chunks in layout.chunks)
-    shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return (
-        f"{decoder.huggingface_config['model_type']}, {decoder.config.layers} layers of {decoder.config.dim}: "
-        f"{count(trainable):,} parameters train, {count(frozen):,} are frozen, {options.dtype} computes; "
-        f"{jax.device_count()} × {device.device_kind} ({shape}); {batches.schedule.batch_size} pairs a step in {rows} "
-        f"rows of {layout.row_length}, {layout.chunk_rows} rows a chunk, expected density {layout.density:.2f}, "
-        f"{len(layout.chunks)} compiled step(s); "
-        + (f"steps {start + 1} to {len(batches)}" if start < len(batches) else f"all {start} steps are done")
-    )

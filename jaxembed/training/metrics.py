@@ -1,11 +1,17 @@
-"""Where a run writes its numbers: `metrics.jsonl`, and TensorBoard events beside it."""
+"""A run's numbers, from the devices to `metrics.jsonl` and TensorBoard events beside it."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
+
+from jaxembed.training.step import StepMetrics
 
 
 class MetricsWriter:
@@ -59,6 +65,50 @@ class MetricsWriter:
 def _names(line: str) -> tuple[Any, ...]:
     row = json.loads(line)
     return row["step"], *row.keys()
+
+
+class StepLog:
+    """Step metrics on their way from the devices to files: fetched one step late, so that nothing waits for them."""
+
+    def __init__(self, metrics: MetricsWriter, names: list[str], schedule: Any) -> None:
+        self._writer, self._names, self._schedule = metrics, names, schedule
+        self.last: tuple[int, StepMetrics] | None = None
+        self.before_last: tuple[int, StepMetrics] | None = None
+        self._since: list[tuple[dict[str, Any], StepMetrics]] = []
+        self._time = time.perf_counter()
+
+    def add(self, done: int, fields: dict[str, Any], measured: StepMetrics) -> None:
+        self.before_last, self.last = self.last, (done, measured)
+        self._since.append((fields, measured))
+
+    def write(self, done: int) -> str:
+        """One row of means since the last; its short form for the progress bar."""
+        fetched = jax.device_get([measured for _, measured in self._since])
+        seconds = time.perf_counter() - self._time
+        texts = sum(int((fields["last"] >= 0).sum()) for fields, _ in self._since)
+        tokens = sum(fields["tokens_used"] for fields, _ in self._since)
+        positions = sum(fields["tokens"].size for fields, _ in self._since)
+        values = {
+            "loss": float(np.mean([m.loss for m in fetched])),
+            "gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),
+            "learning_rate": float(self._schedule(done - 1)),
+            "texts_per_second": texts / seconds,
+            "tokens_per_second": tokens / seconds,
+            "density": tokens / positions,
+        }
+        sums = np.sum([m.by_data_set for m in fetched], axis=0)
+        if len(self._names) > 1:
+            values |= {f"loss/{name}": float(a / n) for name, a, n in zip(self._names, *sums) if n}
+        self._writer.write(done, values, "train")
+        self._since, self._time = [], time.perf_counter()
+        return f"loss {values['loss']:.4f}, {values['texts_per_second']:,.0f} texts/s"
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        begun = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - begun
 
 
 def _step(line: str) -> float:

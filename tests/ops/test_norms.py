@@ -24,7 +24,9 @@ def test_layer_norm_is_that_of_torch(x: np.ndarray, epsilon: float) -> None:
     )
     found = layer_norm(jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias), epsilon)
     # Where all numbers of a row are nearly one, their differences are rounding, divided by √ε at most.
-    slack = 1e-5 + np.abs(x).max(1, keepdims=True) * 1e-6 / np.sqrt(x.astype(np.float64).var(1, keepdims=True) + epsilon)
+    slack = 1e-5 + np.abs(x).max(1, keepdims=True) * 1e-6 / np.sqrt(
+        x.astype(np.float64).var(1, keepdims=True) + epsilon
+    )
     assert (np.abs(found - expected.numpy()) <= slack * 3).all()
 
 

@@ -1,4 +1,4 @@
-"""Runs from config to export: what they write, what stops them, and that a stopped one goes on as if nothing had been."""
+"""Runs from config to export: what they write, what stops them, and how a stopped one goes on to the same end."""
 
 import contextlib
 import io

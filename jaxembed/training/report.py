@@ -1,0 +1,148 @@
+"""What a run says about itself: its first line, its files, its model card, its last table."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+
+from jaxembed.checkpoint.model_card import model_card
+from jaxembed.checkpoint.pretrained import Decoder
+from jaxembed.config import TrainConfig, dump_config
+from jaxembed.data.loader import Batches
+from jaxembed.data.sources import Examples, describe_dropped
+from jaxembed.embedder import Embedder
+from jaxembed.evaluation.dev_set import DevSet
+from jaxembed.training.filters import count
+from jaxembed.training.gradient import LossOptions
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+RUN_FILE = "run.json"
+
+
+def start_line(
+    decoder: Decoder,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    mesh: Any,
+    batches: Batches,
+    options: LossOptions,
+    start: int,
+) -> str:
+    layout, device = batches.layout, jax.devices()[0]
+    rows = "/".join(str(chunks * layout.chunk_rows * layout.chips) for chunks in layout.chunks)
+    shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"{decoder.huggingface_config['model_type']}, {decoder.config.layers} layers of {decoder.config.dim}: "
+        f"{count(trainable):,} parameters train, {count(frozen):,} are frozen, {options.dtype} computes; "
+        f"{jax.device_count()} × {device.device_kind} ({shape}); {batches.schedule.batch_size} pairs a step in {rows} "
+        f"rows of {layout.row_length}, {layout.chunk_rows} rows a chunk, expected density {layout.density:.2f}, "
+        f"{len(layout.chunks)} compiled step(s); "
+        + (f"steps {start + 1} to {len(batches)}" if start < len(batches) else f"all {start} steps are done")
+    )
+
+
+def write_run_files(directory: epath.Path, config: TrainConfig, batches: Batches) -> None:
+    about = {
+        "command": sys.argv,
+        "git": _git_revision(),
+        "plan": batches.schedule.hash,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "versions": _versions(),
+    }
+    (directory / RUN_FILE).write_text(json.dumps(about, indent=2))
+    (directory / CONFIG_FILE).write_text(dump_config(config))  # last: where it is, a run is
+
+
+def export_path(config: TrainConfig) -> Path:
+    return Path(config.export.path or os.path.join(config.run_dir, "model")).expanduser()
+
+
+def write_model(
+    config: TrainConfig,
+    embedder: Embedder,
+    examples: list[Examples],
+    dev: dict[str, dict[str, dict[str, float]]],
+) -> Path:
+    path = export_path(config)
+    card = model_card(
+        name=path.name,
+        text_format=embedder.text_format,
+        dim=embedder.dim,
+        base_model=config.model.path,
+        training_data=[
+            {"name": found.name, "pairs": len(found), "dropped": describe_dropped(found.dropped) or "none"}
+            for found in examples
+        ],
+        config=config.model_dump(mode="json"),
+        results=[
+            {"data": name, "metric": metric, **{column: f"{values[metric]:.4f}" if metric in values else ""
+             for column, values in columns.items()}}
+            for name, columns in dev.items() for metric in columns["after"]
+        ],
+        versions=_versions(),
+    )  # fmt: skip
+    found = embedder.save_pretrained(path, card=card, overwrite=True, verify=config.export.verify == "auto")
+    if found is not None:
+        logger.info("%s", found)
+    elif config.export.verify == "auto":
+        logger.info("the export was not read back: sentence-transformers is not installed here")
+    return path
+
+
+def print_results(
+    config: TrainConfig,
+    dev: dict[str, dict[str, dict[str, float]]],
+    dev_sets: list[DevSet],
+    embedder: Embedder,
+    model: Path,
+) -> None:
+    for found in dev_sets:
+        columns = dev[found.name]
+        print(f"\n{found.name}: {len(found.queries):,} queries, {len(found.documents):,} documents")
+        width = max(map(len, columns))
+        print(f"  {'':{width}}  " + "  ".join(f"{name:>10}" for name in columns["after"]))
+        for column, values in columns.items():
+            cells = (f"{values[name]:10.4f}" if name in values else " " * 10 for name in columns["after"])
+            print(f"  {column:{width}}  " + "  ".join(cells))
+        for query, hits in zip(config.evaluation.searches, found.search(embedder, config.evaluation.searches)):
+            print(f"\n  {query!r}")
+            for score, source, text in hits:
+                print(f"    {score:.3f}  {source}  {' '.join(text.split())[:70]}")
+    print(f"\nmodel: {model}\nrun:   {config.run_dir}")
+
+
+def _versions() -> dict[str, str]:
+    names = ("jaxembed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
