@@ -15,6 +15,9 @@ from jaxembed.models.weights import assignments
 
 torch.set_num_threads(1)
 
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options for programs that run once: the same program, in half the time to compile."""
+
 
 def random_bloom(config: BloomConfig, seed: int = 0, scale: float = 0.2) -> BloomModel:
     """transformers' model, float32, every weight, bias and norm moved by normal noise of that scale."""

@@ -77,7 +77,7 @@ def test_blocks_are_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keys_after_a_block_are_never_touched() -> None:
     """Work grows with the half of the square: scores of [queries of a block, keys up to its end] only."""
-    shape = jax.ShapeDtypeStruct((1, 256, 1, 4), jnp.float32)
+    shape: Any = jax.ShapeDtypeStruct((1, 256, 1, 4), jnp.float32)
     text = str(jax.make_jaxpr(attention)(shape, shape, shape, jax.ShapeDtypeStruct((1, 256), jnp.int32)))
     assert all(f"f32[1,1,64,{keys}]" in text for keys in (64, 128, 192, 256))
     assert "f32[1,1,256,256]" not in text

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from runs import SHAPE, Workshop, make_rows, quick_compilation, rows_of, write_jsonl  # noqa: F401 (a fixture)
 from safetensors.numpy import load_file
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.config import load_config
