@@ -7,19 +7,19 @@ from pathlib import Path
 from common import interleaved, machine, matmul_rate, parser, random_bloom, read_rows, table
 
 
-def workloads(data: Path, count: int) -> dict[str, list[str]]:
+def workloads(data: Path) -> dict[str, list[str]]:
     stsb = read_rows(data / "dev/stsb_multi/en.dev.jsonl.gz")
     medquad = read_rows(data / "dev/medquad/dev.jsonl.gz")
     return {
-        "STS-B sentences": [text for row in stsb for text in (row["s1"], row["s2"])][:count],
-        "CoSQA functions": [row["text"] for row in read_rows(data / "dev/cosqa/corpus.jsonl.gz")][:count],
-        "MedQuAD questions and answers": [text for row in medquad for text in (row["query"], row["answer"])][:count],
+        "STS-B sentences": [text for row in stsb for text in (row["s1"], row["s2"])],
+        "CoSQA functions": [row["text"] for row in read_rows(data / "dev/cosqa/corpus.jsonl.gz")],
+        "MedQuAD questions and answers": [text for row in medquad for text in (row["query"], row["answer"])],
     }
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--texts", type=int, default=400, help="texts of each workload, from its beginning")
+    options.add_argument("--tokens", type=int, default=40_000, help="tokens of each workload, from its beginning")
     options.add_argument("--repeats", type=int, default=3, help="measurements of each, of which the median counts")
     options.add_argument("--peer-batches", type=int, nargs="+", default=[4, 8, 16, 32], help="its batch sizes")
     options.add_argument("--max-length", type=int, default=512, help="tokens at which texts are cut")
@@ -40,7 +40,9 @@ def main() -> None:
         theirs = SentenceTransformer(str(path), device="cpu")
     limit = matmul_rate()
     rows, ratios = [], []
-    for name, texts in workloads(arguments.data, arguments.texts).items():
+    for name, texts in workloads(arguments.data).items():
+        counts = np.cumsum([len(x) for x in ours.tokenizer(texts, "document")])
+        texts = texts[: 1 + int(np.searchsorted(counts, arguments.tokens))]
         ids = ours.tokenizer(list(dict.fromkeys(texts)), "document")
         lengths = np.array([len(x) for x in ids])
         tokens = sum(len(x) for x in ours.tokenizer(texts, "document"))
@@ -66,7 +68,7 @@ def main() -> None:
                 "largest difference": f"{difference:.1e}",
             }
         )
-    print(f"{machine()}\n`python benchmarks/encode.py --texts {arguments.texts}`\n")
+    print(f"{machine()}\n`python benchmarks/encode.py --tokens {arguments.tokens} --repeats {arguments.repeats}`\n")
     print(f"BLOOM, 6 layers of 384, 12 heads, float32; one matrix product runs at {limit / 1e9:,.0f} GFLOP/s.\n")
     print(table(rows))
     print(f"\nGeometric mean ×{np.exp(np.mean(np.log(ratios))):.2f}; {len(ours.compiled_shapes)} compiled shapes.")

@@ -1,6 +1,7 @@
 """Small BLOOMs for tests: transformers' and ours with the same random weights, far from initialisation."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,9 @@ def random_bloom(config: BloomConfig, seed: int = 0, scale: float = 0.2) -> Bloo
 def in_jax(config: BloomConfig, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[str, ...], np.ndarray]:
     """Tensors under transformers' names (weights, or their gradients) as our parameters, by path."""
     _, state = nnx.split(abstract_bloom(config))
-    arrays = {path: np.zeros(variable.shape, np.float32) for path, variable in nnx.to_flat_state(state)}
+    arrays: dict[Any, np.ndarray] = {
+        path: np.zeros(variable.shape, np.float32) for path, variable in nnx.to_flat_state(state)
+    }
     for each in assignments(weight_map(config), config.layers):
         values = each.rule.relayout.to_jax(tensors[each.source].detach().float().numpy())
         arrays[each.path][... if each.index is None else each.index] = values

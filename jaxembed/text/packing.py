@@ -48,7 +48,11 @@ def best_fit_rows(lengths: Int[np.ndarray, " texts"], row_length: int, slots: in
 
     Returns:
         The texts of each row; as many rows as it takes.
+
+    Raises:
+        ValueError: a text without tokens, or longer than a row.
     """
+    _check_lengths(lengths, row_length)
     rows: list[list[int]] = []
     free: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by tokens left
     open_spaces = 0  # bit s is set where free[s] holds a row
@@ -116,7 +120,11 @@ def plan_calls(
 
     Returns:
         For each call its shape and the texts of each of its rows.
+
+    Raises:
+        ValueError: a text without tokens, or longer than the longest row.
     """
+    _check_lengths(lengths, max(shape.length for shape in shapes))
     by_length: dict[int, list[int]] = {}
     for text in np.argsort(lengths, kind="stable")[::-1].tolist():
         by_length.setdefault(int(lengths[text]), []).append(text)
@@ -159,3 +167,8 @@ def density(calls: Sequence[tuple[RowShape, list[list[int]]]], lengths: Int[np.n
     """Share of the computed positions that hold a token of a text."""
     total = sum(shape.tokens for shape, _ in calls)
     return float(np.sum(lengths)) / total if total else 1.0
+
+
+def _check_lengths(lengths: Int[np.ndarray, " texts"], longest: int) -> None:
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= longest:
+        raise ValueError(f"texts of {lengths.min()} to {lengths.max()} tokens do not fit rows of {longest}")

@@ -1,6 +1,7 @@
 """The decoder against transformers' `BloomModel`, and against itself under packing, pooling and checkpointing."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -246,7 +247,7 @@ def test_bfloat16_weights_compute_as_float32_ones(model: Bloom) -> None:
 def test_weights_return_to_transformers_as_they_came() -> None:
     reference = random_bloom(config(6))
     model = from_torch(config(6), reference)
-    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    flat: dict[Any, nnx.Variable] = dict(nnx.to_flat_state(nnx.state(model)))
     theirs = reference.state_dict()
     ours = {}
     for each in assignments(weight_map(config(6)), 3):
@@ -261,7 +262,8 @@ def test_initialisation_is_bloom_and_no_two_layers_are_alike() -> None:
     model = Bloom(jax.random.key(1), config(4, layers=4))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         values = np.asarray(variable[...])
-        expected = {"bias": (0, 0), "scale": (1, 0), "kernel": (0, 0.02), "table": (0, 0.02)}[path[-1]]
+        kind: Any = path[-1]
+        expected = {"bias": (0, 0), "scale": (1, 0), "kernel": (0, 0.02), "table": (0, 0.02)}[kind]
         np.testing.assert_allclose((values.mean(), values.std()), expected, atol=2e-3, err_msg=str(path))
     kernels = [*np.asarray(model.layers.up.kernel[...]), np.asarray(model.last_layer.up.kernel[...])]
     assert len({kernel.tobytes() for kernel in kernels}) == 4

@@ -1,5 +1,7 @@
 """Attention against a float64 loop over queries: segments, padding, ALiBi, blocks, chosen positions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,8 +90,8 @@ def test_softmax_is_float32_and_the_result_has_the_dtype_of_the_values() -> None
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     found = fast(q, k, v, segments, alibi_slopes(HEADS))
     assert found.dtype == jnp.bfloat16
-    rounded = (np.asarray(x, np.float32) for x in (q, k, v))
-    expected = reference(*rounded, segments, alibi_slopes(HEADS))
+    q, k, v = (np.asarray(x, np.float32) for x in (q, k, v))
+    expected = reference(q, k, v, segments, alibi_slopes(HEADS))
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.05)
 
 

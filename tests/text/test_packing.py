@@ -166,3 +166,11 @@ def test_little_is_computed_for_nothing(lengths: np.ndarray, record_property) ->
 def test_slots_suit_texts_of_eight_tokens_or_four(length: int) -> None:
     typical = 4 if length <= 64 else 8
     assert slots_of(length) == max(1, math.floor(length / typical))
+
+
+@pytest.mark.parametrize("lengths", [[5, 17], [0, 3]])
+def test_texts_that_fit_no_row_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="do not fit rows of 16"):
+        best_fit_rows(np.array(lengths), 16, 4)
+    with pytest.raises(ValueError, match="do not fit rows of 16"):
+        plan_calls(np.array(lengths), [RowShape(16, 2, 4)])

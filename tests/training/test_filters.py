@@ -1,5 +1,7 @@
 """Which parameters train, and which of them decay."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,8 @@ def test_matrices_decay_and_nothing_else() -> None:
     state = jax.tree.map(lambda x: jnp.ones(x.shape), trainable("full", abstract_bloom(CONFIG)))
     optimiser = optax.adamw(0.5, weight_decay=0.5, mask=decays)
     updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, state), optimiser.init(state), state)
-    for path, variable in nnx.to_flat_state(optax.apply_updates(state, updates)):
+    moved: Any = optax.apply_updates(state, updates)
+    for path, variable in nnx.to_flat_state(moved):
         expected = 0.75 if path[-1] in ("kernel", "table") else 1.0
         np.testing.assert_array_equal(variable[...], expected, err_msg=str(path))
 

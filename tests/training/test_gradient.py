@@ -48,7 +48,8 @@ DATA_SET = np.arange(QUERIES) % 3
 def batch_of(step: int, mesh: Mesh, chunk_rows: int, chunks: tuple[int, ...] = ()) -> Batch:
     chips = mesh.shape["data"] * mesh.shape["fsdp"]
     layout = RowLayout(ROW, slots=6, chunk_rows=chunk_rows, chips=chips, chunks=chunks, density=1.0)
-    fields = pack_batch(texts_of(step), EXAMPLES, DATA_SET, layout)  # pyright: ignore[reportArgumentType] (ids by number)
+    table: Any = texts_of(step)  # like a table, it gives ids by the number of a text
+    fields = pack_batch(table, EXAMPLES, DATA_SET, layout)
     return put_batch(fields, mesh)
 
 
@@ -80,7 +81,8 @@ def reference() -> tuple[float, dict[tuple[str, ...], np.ndarray]]:
 
 @functools.cache
 def split(name: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    return nnx.split(from_torch(CONFIG, random_bloom(CONFIG)), TRAINABLE[name], ...)
+    graph, train, frozen = nnx.split(from_torch(CONFIG, random_bloom(CONFIG)), TRAINABLE[name], ...)
+    return graph, train, frozen
 
 
 def assert_same_gradient(found: nnx.State, expected: dict[tuple[str, ...], np.ndarray], record=None) -> None:
@@ -91,7 +93,7 @@ def assert_same_gradient(found: nnx.State, expected: dict[tuple[str, ...], np.nd
     assert max(worst.values()) <= 1e-5, worst
 
 
-def flat(state: nnx.State) -> list[tuple[tuple[str, ...], Any]]:
+def flat(state: nnx.State) -> list[tuple[Any, Any]]:
     return list(nnx.to_flat_state(state))
 
 
@@ -175,9 +177,8 @@ def train(trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options:
     arrays = lambda state: {path: np.asarray(v[...]) for path, v in flat(state)}  # noqa: E731
     before = arrays(train)
     state = initial_state(optimizer, train, mesh)
-    step = make_step(graph, train, frozen, optimizer, options, QUERIES, mesh, check_vma)
-    lowered = step.lower(state, frozen, batch_of(0, mesh, chunk_rows))  # pyright: ignore[reportFunctionMemberAccess]
-    compiled = lowered.compile(QUICK)
+    step: Any = make_step(graph, train, frozen, optimizer, options, QUERIES, mesh, check_vma)
+    compiled = step.lower(state, frozen, batch_of(0, mesh, chunk_rows)).compile(QUICK)
     metrics = []
     for number in range(STEPS):
         state, new = compiled(state, frozen, batch_of(number, mesh, chunk_rows))
@@ -344,7 +345,9 @@ ODD = BloomConfig(vocab_size=53, dim=30, layers=3, heads=5)
 
 
 def abstract_batch(pairs: int, chunks: int, chunk_rows: int, length: int, slots: int) -> Batch:
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+    def ints(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
     rows = (chunks, chunk_rows)
     return Batch(
         tokens=ints(*rows, length),
@@ -354,18 +357,19 @@ def abstract_batch(pairs: int, chunks: int, chunk_rows: int, length: int, slots:
         own=ints(pairs),
         candidates=ints(pairs),
         positives=ints(pairs),
-        valid=jax.ShapeDtypeStruct((pairs,), jnp.bool_),  # pyright: ignore[reportArgumentType]
+        valid=ints(pairs, dtype=jnp.bool_),
         data_set=ints(pairs),
     )
 
 
-def abstract_step(config: BloomConfig, trainable: str, batch: Batch, options: LossOptions) -> jax.stages.Lowered:
-    """A whole step on one device, from shapes alone."""
+def compiled_step(config: BloomConfig, trainable: str, batch: Batch, options: LossOptions) -> Any:
+    """A whole step on one device, compiled from shapes alone."""
     graph, train, frozen = nnx.split(abstract_bloom(config), TRAINABLE[trainable], ...)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=decays))
-    step = make_step(graph, train, frozen, optimizer, options, batch.own.shape[0], one_device())
-    state = TrainState(train, jax.eval_shape(optimizer.init, train), jax.ShapeDtypeStruct((), jnp.int32))  # pyright: ignore[reportArgumentType]
-    return step.lower(state, frozen, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    step: Any = make_step(graph, train, frozen, optimizer, options, batch.own.shape[0], one_device())
+    count_of_steps: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(train, jax.eval_shape(optimizer.init, train), count_of_steps)
+    return step.lower(state, frozen, batch).compile(QUICK)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -393,7 +397,7 @@ def test_bitfit_multiplies_for_no_weight(trainable: str) -> None:
     weights = {("dot_general", (5, 6, 30)), ("dot_general", (30, 120)), ("scatter-add", (30, 53))}
     assert made & weights == (weights if trainable == "full" else set())
 
-    text = abstract_step(ODD, trainable, batch, OPTIONS).compile().as_text()
+    text = compiled_step(ODD, trainable, batch, OPTIONS).as_text()
     sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)}
     assert sizes
     assert sizes & {30 * 30, 30 * 120} == ({30 * 30, 30 * 120} if trainable == "full" else set())
@@ -422,7 +426,7 @@ def test_memory_does_not_grow_with_the_batch(layer_checkpoint: str, record_prope
     temporary = {}
     for pairs in (64, 1024):
         batch = abstract_batch(pairs, chunks=pairs // 16, chunk_rows=8, length=128, slots=16)
-        memory = abstract_step(BLOOM_560M, "bitfit", batch, options).compile().memory_analysis()
+        memory = compiled_step(BLOOM_560M, "bitfit", batch, options).memory_analysis()
         temporary[pairs] = memory.temp_size_in_bytes
         record_property(f"{pairs} pairs, MB", memory.temp_size_in_bytes / 1e6)
     assert temporary[1024] < 1.05 * temporary[64]

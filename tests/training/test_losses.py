@@ -1,5 +1,7 @@
 """The tiled loss against float64 numpy on the whole matrix, in value and gradient, and its memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,9 +106,9 @@ def test_a_candidate_that_is_not_there_has_no_part() -> None:
 
 def test_bfloat16_embeddings_make_float32_losses() -> None:
     queries, candidates, positives, valid = random_case(4)
-    half = [x.astype(jnp.bfloat16) for x in (queries, candidates)]
-    losses, *gradients = tiled(*half, positives, valid, 0.05, 4)
-    expected = reference(*(np.asarray(x, np.float32) for x in half), positives, valid, 0.05)[0]
+    queries, candidates = queries.astype(jnp.bfloat16), candidates.astype(jnp.bfloat16)
+    losses, *gradients = tiled(queries, candidates, positives, valid, 0.05, 4)
+    expected = reference(queries.astype(np.float32), candidates.astype(np.float32), positives, valid, 0.05)[0]
     assert losses.dtype == jnp.float32
     assert all(g.dtype == jnp.bfloat16 for g in gradients)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=2e-5)
@@ -115,10 +117,10 @@ def test_bfloat16_embeddings_make_float32_losses() -> None:
 def test_no_matrix_of_all_queries_and_candidates_exists() -> None:
     queries, candidates, tile = 512, 2048, 128
     shape = lambda n, dtype, *more: jax.ShapeDtypeStruct((n, *more), dtype)  # noqa: E731
-    function = jax.grad(lambda *x: info_nce(*x, 0.05, tile).sum(), argnums=(0, 1))
+    function = jax.grad(lambda q, c, *x: info_nce(q, c, *x, temperature=0.05, tile=tile).sum(), argnums=(0, 1))
     arguments = shape(queries, jnp.float32, 16), shape(candidates, jnp.float32, 16)
     lowered = jax.jit(function).lower(*arguments, shape(queries, jnp.int32), shape(candidates, jnp.bool_))
-    compiled = lowered.compile()
+    compiled: Any = lowered.compile()
     assert f"{queries},{candidates}]" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < queries * candidates * 4 // 2
 
