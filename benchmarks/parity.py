@@ -18,9 +18,10 @@ def hidden_states() -> list[dict[str, object]]:
     """Of random BLOOMs, against `transformers.BloomModel` on the same tokens."""
     import numpy as np
     import test_bloom as t
-    from blooms import from_torch, random_bloom
 
     from jaxembed.text.packing import fill_rows
+
+    from blooms import from_torch, random_bloom
 
     texts = t.random_texts(t.LENGTHS)
     order = np.argsort([-len(text) for text in texts]).tolist()
@@ -58,11 +59,12 @@ def curves() -> list[dict[str, object]]:
     """Of training, against sentence-transformers with the same weights, batches, AdamW and schedule."""
     import numpy as np
     import test_curves as t
-    from blooms import random_bloom
 
     from jaxembed.models.bloom import BloomConfig
     from jaxembed.text.format import DEFAULT_TEXT_FORMAT
     from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe
+
+    from blooms import random_bloom
 
     found = []
     with tempfile.TemporaryDirectory() as temporary:

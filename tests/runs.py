@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from blooms import random_bloom
 
 from jaxembed import train
 from jaxembed.__main__ import run_command
 from jaxembed.models.bloom import BloomConfig
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe
+
+from blooms import random_bloom
 
 SHAPE = BloomConfig(vocab_size=264, dim=16, layers=2, heads=2, epsilon=1e-5)
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from blooms import from_torch, random_bloom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -31,6 +30,8 @@ from jaxembed.models.bloom import BloomConfig
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT, UDEVER, UDEVER_MARKERS
 from jaxembed.text.packing import RowShape
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe, with_markers
+
+from blooms import from_torch, random_bloom
 
 CONFIG = BloomConfig(vocab_size=416, dim=32, layers=2, heads=4)
 FORMATS = {

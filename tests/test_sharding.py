@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blooms import abstract_bloom
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -27,6 +26,8 @@ from jaxembed.sharding import (
     partition_spec,
     partition_specs,
 )
+
+from blooms import abstract_bloom
 
 CONFIG = BloomConfig(vocab_size=50, dim=32, layers=3, heads=4)
 

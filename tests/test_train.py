@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
-from runs import Workshop, make_rows, write_base, write_jsonl
 from safetensors.numpy import load_file, save_file
 
 from jaxembed import train
 from jaxembed.__main__ import run_command
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe
+
+from runs import Workshop, make_rows, write_base, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from blooms import in_jax, random_bloom
 from flax import nnx
 from huggingface_hub import errors
 
@@ -20,6 +19,8 @@ from jaxembed.errors import InputError
 from jaxembed.models import FAMILIES
 from jaxembed.models.bloom import BloomConfig
 from jaxembed.sharding import make_mesh
+
+from blooms import in_jax, random_bloom
 
 CONFIG = BloomConfig(vocab_size=64, dim=32, layers=3, heads=4)
 

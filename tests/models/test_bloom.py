@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from blooms import QUICK, abstract_bloom, from_torch, random_bloom
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,8 @@ from jaxembed.models.bloom import LAYER_CHECKPOINTS, Bloom, BloomConfig, weight_
 from jaxembed.models.weights import assignments
 from jaxembed.ops.norms import unit_norm
 from jaxembed.text.packing import Rows, RowShape, best_fit_rows, fill_rows
+
+from blooms import QUICK, abstract_bloom, from_torch, random_bloom
 
 VOCAB = 211
 LENGTHS = (1, 2, 16, 63, 64, 65, 127, 300)

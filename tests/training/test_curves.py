@@ -4,9 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from blooms import random_bloom
 from flax import nnx
-from runs import quick_compilation  # noqa: F401 (a fixture)
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -26,6 +24,9 @@ from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe
 from jaxembed.training.filters import TRAINABLE
 from jaxembed.training.gradient import LossOptions
 from jaxembed.training.step import initial_state, make_optimizer, make_step, put_batch
+
+from blooms import random_bloom
+from runs import quick_compilation  # noqa: F401 (a fixture)
 
 STEPS, WARMUP, BATCH = 50, 5, 16
 TOLERANCE = 1e-3  # relative, at every step

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from blooms import abstract_bloom
 from flax import nnx
 
 from jaxembed.models.bloom import Bloom, BloomConfig
 from jaxembed.training.filters import TRAINABLE, count, decays
+
+from blooms import abstract_bloom
 
 CONFIG = BloomConfig(50, 16, 3, 4)
 

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-from blooms import QUICK, abstract_bloom, from_torch, in_jax, random_bloom
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -23,6 +22,8 @@ from jaxembed.sharding import make_mesh, named_shardings, partition_specs
 from jaxembed.training.filters import TRAINABLE, count, decays
 from jaxembed.training.gradient import Batch, LossOptions, global_value_and_grad
 from jaxembed.training.step import TrainState, initial_state, make_step, put_batch
+
+from blooms import QUICK, abstract_bloom, from_torch, in_jax, random_bloom
 
 CONFIG = BloomConfig(vocab_size=100, dim=32, layers=3, heads=4)
 QUERIES, NEGATIVES, LONGEST, ROW = 16, 2, 20, 32

@@ -14,12 +14,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import SHAPE, Workshop, make_rows, quick_compilation, rows_of, write_jsonl  # noqa: F401 (a fixture)
 from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.config import load_config
+
+from runs import SHAPE, Workshop, make_rows, quick_compilation, rows_of, write_jsonl  # noqa: F401 (a fixture)
 
 STEPS = 40
 BIASES = 2 * SHAPE.dim + SHAPE.layers * 11 * SHAPE.dim

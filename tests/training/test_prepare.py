@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from runs import SHAPE, Workshop, make_rows, quick_compilation, write_jsonl  # noqa: F401 (a fixture)
 from safetensors.numpy import load_file
 
 from jaxembed.config import load_config
@@ -21,6 +20,8 @@ from jaxembed.training.prepare import (
     prepare_tokenizer,
     read_sources,
 )
+
+from runs import SHAPE, Workshop, make_rows, quick_compilation, write_jsonl  # noqa: F401 (a fixture)
 
 SCRATCH = {"scratch": {"layers": 2, "dim": 16, "heads": 2}}
 

@@ -8,11 +8,9 @@ import numpy as np
 import optax
 import pytest
 import torch
-from blooms import from_torch, random_bloom
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import SHAPE, quick_compilation  # noqa: F401 (a fixture)
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -25,6 +23,9 @@ from jaxembed.sharding import make_mesh, named_shardings, partition_specs
 from jaxembed.training.filters import TRAINABLE
 from jaxembed.training.gradient import LossOptions
 from jaxembed.training.step import initial_state, learning_rate, make_optimizer, make_step, put_batch
+
+from blooms import from_torch, random_bloom
+from runs import SHAPE, quick_compilation  # noqa: F401 (a fixture)
 
 
 def torch_optimizer(rate=1.0):
