@@ -40,6 +40,7 @@ def main() -> None:
         theirs = SentenceTransformer(str(path), device="cpu")
     limit = matmul_rate()
     rows, ratios = [], []
+    sizes = " / ".join(map(str, arguments.peer_batches))
     for name, texts in workloads(arguments.data).items():
         counts = np.cumsum([len(x) for x in ours.tokenizer(texts, "document")])
         texts = texts[: 1 + int(np.searchsorted(counts, arguments.tokens))]
@@ -57,7 +58,7 @@ def main() -> None:
         rows.append(
             {
                 "texts": f"{name} ({len(texts)}, {tokens / len(texts):.0f} tokens)",
-                "sentence-transformers, tok/s by batch size": " / ".join(
+                f"sentence-transformers, tok/s, batch size {sizes}": " / ".join(
                     f"{'**' * (batch == best)}{tokens / seconds[str(batch)]:,.0f}{'**' * (batch == best)}"
                     for batch in arguments.peer_batches
                 ),
