@@ -1,8 +1,9 @@
-"""Agreement with PyTorch: hidden states with transformers, training losses with sentence-transformers.
+"""Agreement with PyTorch: hidden states, of every layer too, with transformers, losses with sentence-transformers.
 
 The functions are those of the tests, which hold the same comparisons to a bound; here their figures are printed.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from common import machine, table
 
 TESTS = Path(__file__).parents[1] / "tests"
 HEADS = (4, 6, 16, 20)
+LAYERS = 6  # of the models whose layers are compared one by one
+TABLES = ("states", "layers", "curves")
 
 
 def hidden_states() -> list[dict[str, object]]:
@@ -19,40 +22,55 @@ def hidden_states() -> list[dict[str, object]]:
     import numpy as np
     import test_bloom as t
 
-    from jaxembed.text.packing import fill_rows
-
     from blooms import from_torch, random_bloom
 
     texts = t.random_texts(t.LENGTHS)
-    order = np.argsort([-len(text) for text in texts]).tolist()
-    rows = fill_rows(texts, [order[:1], order[1:5], order[5:]], t.SHAPE)
     found = []
     for heads in HEADS:
         reference = random_bloom(t.config(heads))
         model = from_torch(t.config(heads), reference)
-        ids, mask = t.padded(texts, max(map(len, texts)), left=False)
-        theirs = [s[: len(text)] for s, text in zip(t.torch_states(reference, ids, mask), texts)]
-
-        def padded(left: bool, model: object = model) -> list[np.ndarray]:
-            states = np.asarray(t.states(model, *t.padded(texts, t.SHAPE.length, left)))
-            return [s[-len(text) :] if left else s[: len(text)] for s, text in zip(states, texts)]
-
-        packed = np.asarray(t.states(model, rows.tokens, rows.segments))
-        places = {int(text): (row, slot) for (row, slot), text in np.ndenumerate(rows.texts) if text >= 0}
-        last = {text: (row, int(rows.last[row, slot])) for text, (row, slot) in places.items()}
-        in_rows = [packed[last[i][0], last[i][1] + 1 - len(text) : last[i][1] + 1] for i, text in enumerate(texts)]
-        for layout, ours in (("right-padded", padded(False)), ("left-padded", padded(True)), ("packed", in_rows)):
+        theirs = [states[-1] for states in t.torch_layer_states(reference, texts)]
+        for layout in t.layouts(texts):
+            ours = layout.of_each_text(np.asarray(t.states(model, layout.tokens, layout.segments)))
             difference = max(np.abs(a - b).max() for a, b in zip(ours, theirs)) / np.concatenate(theirs).std()
             cosine = min(t.cosines(a[-1], b[-1]) for a, b in zip(ours, theirs))
             found.append(
                 {
                     "heads": heads,
-                    "rows": layout,
+                    "rows": layout.name,
                     "largest difference / standard deviation": f"{difference:.1e}",
                     "1 − smallest cosine of an embedding": f"{max(1 - cosine, 0):.1e}",
                 }
             )
     return found
+
+
+def by_layer() -> list[dict[str, object]]:
+    """The same comparison for the hidden states of every layer; of three layouts of the rows the worst."""
+    import numpy as np
+    import test_bloom as t
+
+    from jaxembed.checkpoint.parity import compare_layers
+
+    from blooms import from_torch, random_bloom
+
+    texts = t.random_texts(t.LENGTHS)
+    found: dict[str, dict[str, object]] = {}
+    for heads in HEADS:
+        reference = random_bloom(t.config(heads, LAYERS))
+        model = from_torch(t.config(heads, LAYERS), reference)
+        theirs = t.torch_layer_states(reference, texts)
+        layouts = [
+            compare_layers(
+                layout.of_each_text(np.asarray(t.layer_states(model, layout.tokens, layout.segments))), theirs
+            )
+            for layout in t.layouts(texts)
+        ]
+        for same in zip(*layouts):
+            row = found.setdefault(same[0].name, {"hidden states": same[0].name})
+            row[f"{heads} heads"] = f"{max(layer.relative for layer in same):.1e}"
+            row[f"{heads} heads, 1 − cosine"] = f"{max(1 - layer.cosine for layer in same):.1e}"
+    return list(found.values())
 
 
 def curves() -> list[dict[str, object]]:
@@ -93,17 +111,32 @@ def curves() -> list[dict[str, object]]:
 
 
 def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("tables", nargs="*", default=TABLES, metavar="TABLE", help=f"of {', '.join(TABLES)}; all")
+    tables = arguments.parse_args().tables
+    if unknown := set(tables).difference(TABLES):
+        arguments.error(f"unknown table {unknown.pop()}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.path[:0] = [str(TESTS), str(TESTS / "models"), str(TESTS / "training")]
-    states = hidden_states()
     import test_bloom as t
 
     lengths = ", ".join(map(str, t.LENGTHS))
-    print(f"{machine()}\n`python benchmarks/parity.py`\n")
-    print(f"Hidden states of random BLOOMs, 3 layers, float32, texts of {lengths} tokens, against transformers:\n")
-    print(table(states))
-    print("\nLosses of each step of training, all weights and biases random, against sentence-transformers:\n")
-    print(table(curves()))
+    print(f"{machine()}\n`{' '.join(['python benchmarks/parity.py', *sys.argv[1:]])}`")
+    if "states" in tables:
+        print(
+            f"\nHidden states of random BLOOMs, 3 layers, float32, texts of {lengths} tokens, against transformers:\n"
+        )
+        print(table(hidden_states()))
+    if "layers" in tables:
+        print(
+            f"\nParity by layer: random BLOOMs of {LAYERS} layers, float32, the same texts in right-padded, "
+            "left-padded and packed rows (the worst of the three), against transformers' `output_hidden_states`. "
+            "Largest difference / standard deviation of the layer, and 1 − smallest cosine at a text's last token:\n"
+        )
+        print(table(by_layer()))
+    if "curves" in tables:
+        print("\nLosses of each step of training, all weights and biases random, against sentence-transformers:\n")
+        print(table(curves()))
 
 
 if __name__ == "__main__":

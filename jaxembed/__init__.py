@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxembed.embedder import Embedder
     from jaxembed.errors import InputError
+    from jaxembed.quantization import quantize_embeddings
     from jaxembed.text.format import Role, TextFormat
 
     __version__: str
 
-__all__ = ["Embedder", "InputError", "Role", "TextFormat", "__version__"]
+__all__ = ["Embedder", "InputError", "Role", "TextFormat", "__version__", "quantize_embeddings"]
 
 _MODULES = {
     "Embedder": "jaxembed.embedder",
     "InputError": "jaxembed.errors",
     "Role": "jaxembed.text.format",
     "TextFormat": "jaxembed.text.format",
+    "quantize_embeddings": "jaxembed.quantization",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,7 @@ from jaxembed.errors import InputError
 
 COMMANDS = {
     "train": "train an embedder as a config file says",
+    "convert": "convert a model between Hugging Face, sentence-transformers and Orbax directories",
 }
 
 
@@ -43,6 +45,9 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _help() -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 from tqdm import tqdm
 
 from jaxembed.checkpoint.export import Verification, verify_export, write_sentence_transformers
+from jaxembed.checkpoint.hub import check_push, find_directory, push_directory
 from jaxembed.checkpoint.huggingface import iter_huggingface, read_config, weights_hash
 from jaxembed.checkpoint.model_card import model_card
-from jaxembed.checkpoint.pretrained import Decoder, find_directory, load_decoder
+from jaxembed.checkpoint.pretrained import Decoder, load_decoder
 from jaxembed.checkpoint.safetensors import write_safetensors
 from jaxembed.errors import InputError
 from jaxembed.models import family_of
+from jaxembed.quantization import Precision, quantize_embeddings
 from jaxembed.sharding import compute_dtype
 from jaxembed.text.format import RoleName, TextFormat
 from jaxembed.text.packing import RowShape, call_shapes, fill_rows, plan_calls
@@ -66,6 +69,7 @@ class Embedder:
         self.tokenizer = tokenizer
         self.dtype = compute_dtype(dtype)
         self.compiled_shapes: set[RowShape] = set()
+        self._hash = decoder.weights_hash
         graph, self._state = nnx.split(decoder.model)
 
         def embed(state: nnx.State, tokens: Array, segments: Array, last: Array) -> Float[Array, "rows slots dim"]:
@@ -90,7 +94,8 @@ class Embedder:
         Args:
             text_format: instead of the one saved with the model; a `TextFormat`, or its keys as in a config.
             dtype: of the computation; parameters are bfloat16 where it is, else float32.
-            revision, token, cache_dir, local_files_only: for the hub, as in transformers.
+            revision, token, cache_dir, local_files_only: for the hub: branch, tag or commit; access token; where
+                downloads lie; take what lies there, ask nobody.
 
         Raises:
             InputError: the model is not there, damaged, not supported, or has no text format and none is given.
@@ -121,22 +126,23 @@ class Embedder:
 
     @property
     def model_hash(self) -> str:
-        """SHA-256 of the decoder's weights under Hugging Face's names: the same in every container.
+        """SHA-256 of the decoder's weights (`WeightsHash`), as they are in the checkpoint, whatever they were cast to.
 
-        Of the parameters as they are held: a bfloat16 file and its float32 copy have the same hash where both are
-        computed in float32.
+        The same for a Hugging Face directory, its Orbax form and every other container of the same tensors.
         """
-        decoder = self.decoder
-        return weights_hash(self._flat_state(), decoder.family.weight_map(decoder.config), decoder.config.layers)
+        if self._hash is None:
+            self._hash = self._held_hash()
+        return self._hash
 
     def replace_state(self, state: nnx.State) -> None:
         """Puts other weights in place of the present ones, without compiling again."""
         self._state = state
+        self._hash = None
 
     @overload
-    def encode(self, sentences: str, *args: Any, **kwargs: Any) -> Float[np.ndarray, " dim"]: ...
+    def encode(self, sentences: str, *args: Any, **kwargs: Any) -> Num[np.ndarray, " width"]: ...
     @overload
-    def encode(self, sentences: Iterable[str], *args: Any, **kwargs: Any) -> Float[np.ndarray, "texts dim"]: ...
+    def encode(self, sentences: Iterable[str], *args: Any, **kwargs: Any) -> Num[np.ndarray, "texts width"]: ...
 
     def encode(
         self,
@@ -148,7 +154,10 @@ class Embedder:
         *,
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
-    ) -> Float[np.ndarray, "*texts dim"]:
+        precision: Precision = "float32",
+        ranges: Float[np.ndarray, "2 dim"] | None = None,
+        calibration_embeddings: Float[np.ndarray, "samples dim"] | None = None,
+    ) -> Num[np.ndarray, "*texts width"]:
         """Embeds texts, in their order; equal texts are computed once.
 
         Args:
@@ -160,18 +169,27 @@ class Embedder:
             show_progress_bar: None shows one for more than a thousand texts where INFO is logged.
             normalize_embeddings: unit length; None as the text format has it.
             truncate_dim: keeps the first dimensions only, and scales those to unit length where asked for.
+            precision: float32, int8, uint8, binary or ubinary: what `quantize_embeddings` makes of the vectors, cut and
+                scaled.
+            ranges, calibration_embeddings: for int8 and uint8, as in `quantize_embeddings`; without them the ranges are
+                those of this call's embeddings.
 
         Returns:
-            float32; one vector for one text.
+            In `precision`, float32 by default; one vector for one text.
 
         Raises:
-            InputError: something is not a text, an unknown role, or a number out of its range.
+            InputError: something is not a text, an unknown role or precision, a number out of its range, or ranges that
+                do not fit.
         """
         one = isinstance(sentences, str)
         texts = _checked([sentences] if one else sentences)
         role: RoleName = "query" if prompt_name is None else prompt_name  # type: ignore[assignment]
         self.text_format.role(role)
         dim = self.dim if truncate_dim is None else _whole_number("truncate_dim", truncate_dim, self.dim)
+        quantize = functools.partial(
+            quantize_embeddings, precision=precision, ranges=ranges, calibration_embeddings=calibration_embeddings
+        )
+        quantize(np.empty((0, dim), np.float32))  # what is wrong with the arguments is said before the long part
         if batch_size is not None:
             _whole_number("batch_size", batch_size)
         if not isinstance(prompt, str | None):
@@ -191,13 +209,15 @@ class Embedder:
         if len(distinct) != len(texts):
             place = {text: index for index, text in enumerate(distinct)}
             out = out[[place[text] for text in texts]]
+        if precision != "float32":
+            out = quantize(out)
         return out[0] if one else out
 
-    def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> Float[np.ndarray, "*texts dim"]:
+    def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> Num[np.ndarray, "*texts width"]:
         """`encode` in the role of a query."""
         return self.encode(sentences, "query", **kwargs)
 
-    def encode_document(self, sentences: str | Iterable[str], **kwargs: Any) -> Float[np.ndarray, "*texts dim"]:
+    def encode_document(self, sentences: str | Iterable[str], **kwargs: Any) -> Num[np.ndarray, "*texts width"]:
         """`encode` in the role of a document."""
         return self.encode(sentences, "document", **kwargs)
 
@@ -205,12 +225,9 @@ class Embedder:
         """Cosine of every vector of `a` with every one of `b`.
 
         Raises:
-            InputError: the two are not vectors of one width.
+            InputError: the two are not vectors of one width, or they are quantised.
         """
-        try:
-            a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
-        except ValueError as error:
-            raise InputError(f"similarity: expected embeddings, of texts that `encode` was given: {error}") from None
+        a, b = _float_vectors(a), _float_vectors(b)
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
             raise InputError(f"similarity: expected embeddings of one width, found shapes {a.shape} and {b.shape}")
         return _unit(a) @ _unit(b).T
@@ -218,7 +235,7 @@ class Embedder:
     def save_pretrained(
         self, path: str | os.PathLike[str], *, card: str | None = None, overwrite: bool = False, verify: bool = True
     ) -> Verification | None:
-        """Writes a sentence-transformers directory that transformers, vLLM and TEI read too.
+        """Writes a sentence-transformers directory that transformers and vLLM read too.
 
         Weights are written in the dtype in which they are held, `config.json` with the keys that it was read with.
 
@@ -252,7 +269,8 @@ class Embedder:
             tokenizer=self.tokenizer,
             tokenizer_class=decoder.family.tokenizer_class,
             write_weights=write_weights,
-            model_card=card or model_card(name=path.name, text_format=self.text_format, dim=self.dim),
+            model_card=card
+            or model_card(name=path.name, text_format=self.text_format, dim=self.dim, weights_hash=self._held_hash()),
             overwrite=overwrite,
         )
         if not verify:
@@ -260,6 +278,55 @@ class Embedder:
         plain = Embedder(decoder, self.tokenizer, dtype="float32")
         plain.replace_state(jax.tree.map(lambda x: x.astype(jnp.float32), self._state))
         return verify_export(path, plain.encode, self.tokenizer)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Add a jaxembed model",
+        exist_ok: bool = False,
+        replace_model_card: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        card: str | None = None,
+    ) -> str:
+        """Saves the model, verified as by `save_pretrained`, and uploads it to the Hugging Face hub in one commit.
+
+        Args:
+            repo_id: owner/name; made where it is not there.
+            card: its README.md, also where the repository has one; None writes a short one where it has none.
+            token, private, commit_message, exist_ok, replace_model_card, revision, create_pr: as in `push_directory`
+                of `jaxembed.checkpoint.hub`, which uploads a directory that is saved already.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            InputError: no token, no permission, no hub id, or the repository is there and `exist_ok` is off.
+            ExportError: sentence-transformers reads the model differently; nothing was uploaded.
+        """
+        check_push(repo_id, token=token, revision=revision, create_pr=create_pr)
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(scratch) / "model"
+            short = model_card(name=repo_id, text_format=self.text_format, dim=self.dim, weights_hash=self._held_hash())
+            self.save_pretrained(directory, card=card or short)
+            return push_directory(
+                directory,
+                repo_id,
+                token=token,
+                private=private,
+                commit_message=commit_message,
+                exist_ok=exist_ok,
+                replace_model_card=replace_model_card or card is not None,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _held_hash(self) -> str:
+        decoder = self.decoder
+        return weights_hash(self._flat_state(), decoder.family.weight_map(decoder.config), decoder.config.layers)
 
     def _flat_state(self) -> dict[tuple[str, ...], Array]:
         return {tuple(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(self._state)}
@@ -318,6 +385,16 @@ def _checked(sentences: Any) -> list[str]:
             except UnicodeEncodeError as error:
                 raise InputError(f"sentences[{index}]: not valid Unicode: {error}") from None
     return texts
+
+
+def _float_vectors(embeddings: Any) -> Float[np.ndarray, "texts dim"]:
+    try:
+        array = np.asarray(embeddings)
+        if array.dtype not in (np.int8, np.uint8):
+            return np.atleast_2d(array.astype(np.float32))
+    except ValueError as error:
+        raise InputError(f"similarity: expected embeddings, of texts that `encode` was given: {error}") from None
+    raise InputError(f"similarity: expected float embeddings, found {array.dtype}; quantised ones have no cosine")
 
 
 def _whole_number(name: str, value: Any, most: int | None = None) -> int:

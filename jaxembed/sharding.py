@@ -70,8 +70,7 @@ def partition_specs(state: nnx.State) -> nnx.State:
 
 def named_shardings(specs: Any, mesh: Mesh) -> Any:
     """Every `PartitionSpec` of a tree as a `NamedSharding` on the mesh."""
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731 (used twice as a value)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def check_divisible(state: nnx.State, mesh: Mesh) -> None:

@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxembed.checkpoint.directories import new_directory
 from jaxembed.errors import InputError
 from jaxembed.text.format import ROLES, TEXT_FORMAT_FILE, RoleName, TextFormat, read_text_format, write_json
 from jaxembed.text.tokenizer import TextTokenizer
@@ -53,6 +53,7 @@ _WRITTEN = {
     "config_sentence_transformers.json",
     TEXT_FORMAT_FILE,
 }
+_TOO_OLD = "this model needs sentence-transformers 5.7 or newer: older ones cut the end marker off long texts"
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 
 
@@ -66,7 +67,7 @@ def write_sentence_transformers(
     huggingface_config: Mapping[str, Any],
     tokenizer: TextTokenizer,
     write_weights: Callable[[Path], object],
-    model_card: str,
+    model_card: str | Callable[[], str],
     tokenizer_class: str = "BloomTokenizerFast",
     overwrite: bool = False,
 ) -> Path:
@@ -79,7 +80,7 @@ def write_sentence_transformers(
         tokenizer: tokenizer and text format.
         write_weights: called with the directory; puts `model.safetensors` (or shards and index) there, in the names of
             transformers' AutoModel.
-        model_card: `README.md`.
+        model_card: `README.md`; a function is called when the weights are written.
         tokenizer_class: a name that transformers 4 knows; 5 takes `tokenizer.json` under any.
         overwrite: replace a directory that holds nothing but a model written by this function.
 
@@ -88,22 +89,26 @@ def write_sentence_transformers(
     """
     target = Path(directory).absolute()
     refuse_existing(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with new_directory(target) as partial:
         write_weights(partial)
-        write_json(partial / "config.json", dict(huggingface_config))
-        tokenizer.save(partial)
-        write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, tokenizer_class))
-        _write_modules(partial, tokenizer.text_format, _width(huggingface_config))
-        (partial / "README.md").write_text(model_card, encoding="utf-8")
-        _rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        card = model_card if isinstance(model_card, str) else model_card()
+        write_description(partial, huggingface_config, tokenizer, card, tokenizer_class)
     return target
+
+
+def write_description(
+    directory: Path,
+    huggingface_config: Mapping[str, Any],
+    tokenizer: TextTokenizer,
+    model_card: str,
+    tokenizer_class: str = "BloomTokenizerFast",
+) -> None:
+    """Writes all files of a sentence-transformers directory but the weights."""
+    write_json(directory / "config.json", dict(huggingface_config))
+    tokenizer.save(directory)
+    write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, tokenizer_class))
+    _write_modules(directory, tokenizer.text_format, _width(huggingface_config))
+    (directory / "README.md").write_text(model_card, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -214,21 +219,6 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise InputError(f"{target}: holds {foreign[0]!r}, which is no part of a model; choose another directory")
 
 
-def _rename(partial: Path, target: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
 def _width(config: Mapping[str, Any]) -> int:
     width = config.get("hidden_size", config.get("n_embed"))
     if not isinstance(width, int):
@@ -290,6 +280,8 @@ def _write_modules(directory: Path, text_format: TextFormat, width: int) -> None
             "transformer_task": "feature-extraction",
             "modality_config": {"text": forward, "message": {**forward, "format": "flat"}},
             "module_output_name": "token_embeddings",
+            # 5.6 and newer take it out; older ones hand it on to the template, which then refuses.
+            "processing_kwargs": {"chat_template": {"restore_suffix": True}},
         }
         sentence_transformers["requirements"] = {"sentence-transformers": ">=5.7"}
         (directory / "chat_template.jinja").write_text(chat_template(text_format), encoding="utf-8")
@@ -302,6 +294,8 @@ def chat_template(text_format: TextFormat) -> str:
 
     sentence-transformers hands the prompt over as system message and, from 6.0 on, the role as `task`. The prompt's
     prefix tells the role, else `task` does, else it is a query. A prompt without prefix is taken as an instruction.
+
+    A reader that sets `restore_suffix` has not taken notice of it: it would cut the suffix off texts that are too long.
     """
     query, document = text_format.query, text_format.document
     tests = []
@@ -323,6 +317,7 @@ def chat_template(text_format: TextFormat) -> str:
         for index, (name, role) in enumerate((("query", query), ("document", document)))
     )
     return (
+        f"{{%- if restore_suffix is defined -%}}{{{{- raise_exception({_quoted(_TOO_OLD)}) -}}}}{{%- endif -%}}\n"
         '{%- set ns = namespace(prompt="", text="") -%}\n'
         "{%- for message in messages -%}\n"
         '{%- if message["role"] == "system" -%}{%- set ns.prompt = message["content"] -%}\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ def model_card(
     config: Mapping[str, Any] | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     versions: Mapping[str, str] | None = None,
+    weights_hash: str | None = None,
 ) -> str:
     """The model card as Markdown with the Hugging Face hub's front matter.
 
@@ -46,6 +48,7 @@ def model_card(
         config: the run's resolved configuration.
         results: a row a measurement; its keys head the table (`data`, `metric`, `before`, `after`, `BM25`).
         versions: what it was made with, by package.
+        weights_hash: SHA-256 of the weights, whatever the files that hold them.
     """
     parts = [_front_matter(base_model, license), f"# {name}", _introduction(text_format, dim, description, base_model)]
     parts += ["## Text format", _text_format(text_format), "## Use", _usage(name, text_format)]
@@ -55,6 +58,11 @@ def model_card(
         parts += ["## Training data", _table(training_data)]
     if config:
         parts += ["## Configuration", _fenced("yaml", _yaml(config))]
+    if weights_hash:
+        parts += [
+            "## Weights",
+            f"SHA-256 of the weights, by `jaxembed`, whatever the files that hold them: `{weights_hash}`",
+        ]
     if versions:
         parts += ["## Versions", _table([{"package": package, "version": of} for package, of in versions.items()])]
     return "\n\n".join(parts) + "\n"
@@ -144,5 +152,5 @@ def _yaml(config: Mapping[str, Any]) -> str:
 
 
 def _fenced(language: str, text: str) -> str:
-    fence = "````" if "```" in text else "```"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

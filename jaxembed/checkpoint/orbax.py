@@ -1,4 +1,4 @@
-"""Training checkpoints: the one file that knows Orbax's v1 API.
+"""Training checkpoints and stores of arrays: the one file that knows Orbax's v1 API.
 
 A checkpoint is a directory `<directory>/<step>` that holds the leaves of a tree of `jax.Array`s under flat names and a
 small JSON record. What the containers of the tree were (dicts, tuples, the named tuples of optax) is not stored: the
@@ -6,16 +6,20 @@ tree is restored into the structure, shapes, dtypes and shardings that the reade
 """
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+import tensorstore
 from etils import epath
 
+from jaxembed.checkpoint.buffers import Buffers
 from jaxembed.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -25,6 +29,11 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 # Both of Orbax's ways to commit (rename on a file system, marker file in a bucket) write it last; here it goes first.
 COMMIT_MARKER = "commit_success.txt"
 TEMPORARY_INFIX = ".orbax-checkpoint-tmp"
+
+ArrayPath = tuple[str, ...]
+_Entry = TypeVar("_Entry")
+_GROUP_BYTES = 256 << 20
+_CHUNK_BYTES = 64 << 20  # of an array, in a file
 
 
 class CheckpointError(RuntimeError):
@@ -94,11 +103,7 @@ class TrainingCheckpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending; whether each can be read is known only after reading it."""
-        return sorted(
-            int(path.name)
-            for path in self.directory.iterdir()
-            if path.name.isdecimal() and (path / COMMIT_MARKER).exists()
-        )
+        return _complete_steps(self.directory)
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to save `state` as the checkpoint of `step`, after the save before it has ended.
@@ -224,6 +229,178 @@ class TrainingCheckpoints:
                 half_deleted = path.name.isdecimal() and not (path / COMMIT_MARKER).exists()
                 if TEMPORARY_INFIX in path.name or half_deleted:
                     path.rmtree(missing_ok=True)
+
+
+def newest_checkpoint(directory: epath.PathLike) -> tuple[epath.Path, dict[str, Any]]:
+    """The newest training checkpoint whose record and list of arrays can be read, and the record.
+
+    It is a store, whose keys are the names of the tree's leaves (`leaf_names`).
+
+    Raises:
+        InputError: there is none.
+    """
+    directory, reasons = epath.Path(directory).resolve(), []
+    for step in reversed(_complete_steps(directory)):
+        path = directory / str(step)
+        try:
+            store_contents(path)
+            info = ocp.metadata(path).custom_metadata
+            if isinstance(info, dict):
+                return path, info
+            reasons.append(f"step {step}: its record is missing")
+        except InputError as error:
+            reasons.append(str(error))
+            log.warning("skipped an unreadable checkpoint: %s", error)
+    raise InputError(f"{directory}: no checkpoint that can be read" + "".join(f"; {reason}" for reason in reasons))
+
+
+def write_store(
+    directory: epath.PathLike,
+    arrays: Iterable[tuple[ArrayPath, jax.Array]],
+    written: Callable[[ArrayPath], object] = lambda path: None,
+) -> None:
+    """Writes arrays to a new Orbax checkpoint as they come.
+
+    They are gathered to groups of at most 256 MiB (a larger array is one of its own), and one group is written while
+    the next one gathers. The checkpoint is whole, and has its name, when this returns.
+
+    Args:
+        directory: of the checkpoint; must not exist.
+        arrays: with their keys in the nested dicts of the checkpoint.
+        written: called when an array is written, and its memory may be used again.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be written.
+    """
+    directory = epath.Path(directory).resolve()  # Orbax misreads relative paths
+    writing: list[tuple[ocp.AsyncResponse[None], list[ArrayPath]]] = []
+
+    def wait() -> None:
+        for response, paths in writing:
+            response.result()
+            for path in paths:
+                written(path)
+        writing.clear()
+
+    try:
+        with _store_context():
+            for group in _groups(arrays, lambda entry: entry[1].nbytes):
+                wait()
+                paths = [path for path, _ in group]
+                writing.append((ocp.partial.save_async(directory, _nested(group)), paths))
+            wait()
+            ocp.partial.finalize(directory)
+    except (OSError, ValueError, RuntimeError) as error:  # Orbax and TensorStore raise these for a full disk
+        raise CheckpointError(f"could not write {directory}: {_first_line(error)}") from error
+
+
+def store_contents(directory: epath.PathLike) -> dict[ArrayPath, jax.ShapeDtypeStruct]:
+    """Keys, shapes and dtypes of the arrays of a store.
+
+    Raises:
+        InputError: it is no readable Orbax checkpoint.
+    """
+    try:
+        stored = ocp.metadata(epath.Path(directory).resolve()).metadata
+        if not isinstance(stored, dict):
+            raise ValueError("the list of its arrays is missing")
+        leaves, _ = jax.tree_util.tree_flatten_with_path(stored)
+        return {
+            tuple(str(key.key) for key in path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves
+        }
+    except Exception as error:  # whatever a damaged file makes of the readers of several formats
+        raise InputError(f"{directory}: not a readable Orbax checkpoint: {_first_line(error)}") from error
+
+
+def read_store(
+    directory: epath.PathLike, wanted: Mapping[ArrayPath, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[ArrayPath, jax.Array]]:
+    """Reads some arrays of a store in the order given, in groups of the size in which they are written.
+
+    Args:
+        wanted: shapes, dtypes and shardings.
+
+    Raises:
+        InputError: an array cannot be read.
+    """
+    for group in _groups(wanted.items(), lambda entry: math.prod(entry[1].shape) * entry[1].dtype.itemsize):
+        try:
+            with _store_context():
+                tree = ocp.load(epath.Path(directory).resolve(), _nested(group))
+        except Exception as error:
+            names = ", ".join("/".join(path) for path, _ in group[:3])
+            raise InputError(f"{directory}: {names} … cannot be read: {_first_line(error)}") from error
+        for path, _ in group:
+            yield path, _take(tree, path)
+
+
+def read_to_host(
+    directory: epath.PathLike, wanted: Mapping[ArrayPath, jax.ShapeDtypeStruct], buffers: Buffers
+) -> Iterator[tuple[ArrayPath, np.ndarray]]:
+    """Reads some arrays of a store in the order given, each into memory that `buffers` gives.
+
+    By TensorStore, for Orbax lays every array out anew, twice, in memory of its own.
+
+    Raises:
+        InputError: an array cannot be read.
+    """
+    context = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
+    for path, leaf in wanted.items():
+        array = buffers.take(math.prod(leaf.shape) * leaf.dtype.itemsize).view(leaf.dtype).reshape(leaf.shape)
+        base = {"driver": "file", "path": str(epath.Path(directory).resolve() / "state")}
+        spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(path)}}
+        try:
+            stored = tensorstore.open(spec, context=context, open=True).result()
+            tensorstore.array(array, context=context).write(stored).result()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{directory}: {'/'.join(path)} cannot be read: {_first_line(error)}") from error
+        yield path, array
+
+
+def _store_context() -> ocp.Context:
+    context = ocp.Context()
+    # Weights do not compress, and trying takes longer than writing.
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.pytree.loading.partial_load = True
+    return context
+
+
+def _groups(entries: Iterable[_Entry], nbytes: Callable[[_Entry], int]) -> Iterator[list[_Entry]]:
+    group: list[_Entry] = []
+    size = 0
+    for entry in entries:
+        if group and size + nbytes(entry) > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(entry)
+        size += nbytes(entry)
+    if group:
+        yield group
+
+
+def _nested(entries: Iterable[tuple[ArrayPath, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for (*folders, name), leaf in entries:
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = leaf
+    return tree
+
+
+def _take(tree: dict[str, Any], path: ArrayPath) -> jax.Array:
+    """Out of the tree, so that the array lives no longer than its reader needs it."""
+    *folders, name = path
+    for folder in folders:
+        tree = tree[folder]
+    return tree.pop(name)
+
+
+def _complete_steps(directory: epath.Path) -> list[int]:
+    return sorted(
+        int(path.name) for path in directory.iterdir() if path.name.isdecimal() and (path / COMMIT_MARKER).exists()
+    )
 
 
 def _compare(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

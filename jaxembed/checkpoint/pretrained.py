@@ -1,4 +1,4 @@
-"""From a name to a decoder on the devices: a directory or hub id, its config, its weights."""
+"""From a directory to a decoder on the devices: its config, its weights."""
 
 import dataclasses
 import os
@@ -13,11 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxembed.checkpoint.huggingface import load_weights, read_config
-from jaxembed.errors import InputError
+from jaxembed.checkpoint.model_directory import is_model_directory, load_stored, read_record
 from jaxembed.models import Family, family_of
+from jaxembed.models.weights import ParameterPath
 from jaxembed.sharding import check_divisible, named_shardings, partition_specs
-
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*/config.json"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,59 +30,13 @@ class Decoder:
     """The family's config."""
     huggingface_config: Mapping[str, Any]
     """The whole of `config.json`, keys that this package does not read included."""
+    weights_hash: str | None = None
+    """`WeightsHash` of the checkpoint where the parameters were cast; None: it is theirs."""
 
 
-def find_directory(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """A directory as it is, or the local snapshot of a Hugging Face hub id, downloaded where needed.
-
-    Raises:
-        InputError: neither a directory nor a repository that can be had; says which of the two was tried and why it
-            failed.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
-        raise InputError(f"{name}: expected the directory of a model, found {'a file' if path.exists() else 'nothing'}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                str(name),
-                revision=revision,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
-                local_files_only=local_files_only,
-                allow_patterns=_HUB_FILES,
-            )
-        )
-    except GatedRepoError:
-        why = "the repository is gated: accept its terms on its page and pass token="
-    except RevisionNotFoundError:
-        why = f"the repository has no revision {revision!r}"
-    except RepositoryNotFoundError:
-        why = "there is no such directory here, and no such repository on the hub (a private one needs token=)"
-    except HFValidationError:
-        why = "this is neither a directory nor the form of a hub id (owner/name)"
-    except Exception as error:  # offline, no route, a full disk: what the HTTP client raises differs by version
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        gave = "it is not in the local cache (local_files_only=True)" if local_files_only else f"the hub gave: {reason}"
-        why = f"there is no such directory here, and {gave}"
-    raise InputError(f"{name}: {why}")
+def flat_state(state: nnx.State) -> dict[ParameterPath, Any]:
+    """The state's variables by path."""
+    return {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def abstract_decoder(family: Family, config: Any) -> tuple[nnx.GraphDef, nnx.State]:
@@ -94,7 +47,7 @@ def abstract_decoder(family: Family, config: Any) -> tuple[nnx.GraphDef, nnx.Sta
 def load_decoder(
     directory: str | os.PathLike[str], *, dtype: Any = jnp.float32, mesh: Mesh | None = None, progress: bool = True
 ) -> Decoder:
-    """Reads a Hugging Face or sentence-transformers directory.
+    """Reads a Hugging Face, sentence-transformers or Orbax model directory.
 
     Args:
         dtype: of the parameters.
@@ -103,29 +56,36 @@ def load_decoder(
     Raises:
         InputError: config or weights are missing, damaged, not of a supported architecture, or not divided by the mesh.
     """
+    directory = Path(directory)
     huggingface_config = read_config(directory)
     family = family_of(huggingface_config)
     config = family.config.from_huggingface(huggingface_config)
     graph, abstract = abstract_decoder(family, config)
     if mesh is not None:
         check_divisible(abstract, mesh)
-    flat = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(abstract)}
-    arrays = load_weights(
-        directory,
-        flat,
-        family.weight_map(config),
-        config.layers,
-        prefixes=family.prefixes,
-        ignored=family.ignored,
-        dtype=np.dtype(dtype),
-        progress=progress,
-    )
-    state = nnx.from_flat_state({path: variable.replace(arrays[path]) for path, variable in flat.items()})
-    if mesh is None:
-        state = jax.tree.map(jnp.asarray, state)
+    flat = flat_state(abstract)
+    rules = family.weight_map(config)
+    specs = None if mesh is None else named_shardings(partition_specs(abstract), mesh)
+    if is_model_directory(directory):
+        shardings = None if specs is None else flat_state(specs)
+        arrays = load_stored(
+            directory, flat, shardings, rules, config.layers, dtype=jnp.dtype(dtype), progress=progress
+        )
+        found = read_record(directory).weights_hash
     else:
-        state = jax.device_put(state, named_shardings(partition_specs(abstract), mesh))
-    return Decoder(nnx.merge(graph, state), family, config, huggingface_config)
+        arrays, found = load_weights(
+            directory,
+            flat,
+            rules,
+            config.layers,
+            prefixes=family.prefixes,
+            ignored=family.ignored,
+            dtype=np.dtype(dtype),
+            progress=progress,
+        )
+    state = nnx.from_flat_state({path: variable.replace(arrays[path]) for path, variable in flat.items()})
+    state = jax.tree.map(jnp.asarray, state) if specs is None else jax.device_put(state, specs)
+    return Decoder(nnx.merge(graph, state), family, config, huggingface_config, found)
 
 
 def random_decoder(family: Family, config: Any, seed: int, mesh: Mesh | None = None) -> Decoder:

@@ -2,22 +2,24 @@
 
 The format (https://github.com/huggingface/safetensors#format): eight bytes with the header's length, a JSON header
 `{name: {dtype, shape, data_offsets}}`, then the tensors' bytes without gaps. It is read here, not by the safetensors
-package, so that numpy gets bfloat16, one tensor at a time is mapped, and every defect names its file and tensor
+package, so that numpy gets bfloat16, one tensor at a time is in memory, and every defect names its file and tensor
 before a byte of weights is read.
 """
 
+import abc
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 
+from jaxembed.checkpoint.buffers import Buffers, aligned_empty
 from jaxembed.errors import InputError
 
 SINGLE_FILE = "model.safetensors"
@@ -65,17 +67,44 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class TensorRef(TensorSpec):
-    """A tensor in a file, at a byte offset that has been checked."""
+class StoredTensor(TensorSpec, abc.ABC):
+    """A tensor in a file, not read yet."""
 
     file: Path
+
+    @abc.abstractmethod
+    def read(self, buffers: Buffers | None = None) -> np.ndarray:
+        """The values, in C order; `buffers` may give the memory.
+
+        Raises:
+            InputError: they cannot be read; names file and tensor.
+        """
+
+
+Stored = TypeVar("Stored", bound=StoredTensor)
+
+
+@dataclass(frozen=True)
+class TensorRef(StoredTensor):
+    """A tensor in a safetensors file, at a byte offset that has been checked."""
+
     offset: int
 
-    def read(self) -> np.ndarray:
-        """A read-only view of the mapped file; its memory is given back with the last view."""
-        if not self.nbytes:
-            return np.empty(self.shape, self.dtype)
-        return np.asarray(np.memmap(self.file, self.dtype, mode="r", offset=self.offset, shape=self.shape))
+    def read(self, buffers: Buffers | None = None) -> np.ndarray:
+        """Read, not mapped: pages of a mapped file count as this process's memory until the last view is gone."""
+        values = aligned_empty(self.nbytes) if buffers is None else buffers.take(self.nbytes)
+        view, done = values.data, 0
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(self.offset)
+                while done < self.nbytes and (count := stream.readinto(view[done:])):  # at most 2 GiB at once
+                    done += count
+        except OSError as error:
+            raise InputError(f"{self.file}: tensor {self.name!r} cannot be read: {error.strerror or error}") from error
+        if done < self.nbytes:
+            raise InputError(f"{self.file}: tensor {self.name!r} ends early: the file was cut since it was opened")
+        values.flags.writeable = False
+        return values.view(self.dtype).reshape(self.shape)
 
 
 def open_tensors(directory: str | os.PathLike[str]) -> dict[str, TensorRef]:
@@ -88,7 +117,7 @@ def open_tensors(directory: str | os.PathLike[str]) -> dict[str, TensorRef]:
     if os.path.lexists(directory / SINGLE_FILE):
         return {ref.name: ref for ref in _read_header(file_inside(directory, SINGLE_FILE))}
     if os.path.lexists(directory / INDEX_FILE):
-        return _open_shards(directory, file_inside(directory, INDEX_FILE))
+        return open_shards(file_inside(directory, INDEX_FILE), _read_header)
     raise InputError(_nothing_found(directory))
 
 
@@ -108,6 +137,35 @@ def file_inside(directory: Path, name: str) -> Path:
     if not target.is_file():
         raise InputError(f"{directory}: {name!r} is missing")
     return directory / name
+
+
+def open_shards(index_file: Path, list_tensors: Callable[[Path], Iterable[Stored]]) -> dict[str, Stored]:
+    """All tensors of the shards that an index file lists, by name; `list_tensors` lists those of one shard.
+
+    Raises `InputError`, naming file and tensor, where a shard is missing, lies outside the directory, or contradicts
+    the index.
+    """
+    directory = index_file.parent
+    index = read_json(index_file)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f'{index_file}: expected {{"weight_map": {{tensor: file}}}}')
+    found: dict[str, Stored] = {}
+    # Every place is checked before any file is opened.
+    for shard, file in [(shard, file_inside(directory, shard)) for shard in sorted(set(weight_map.values()))]:
+        for tensor in list_tensors(file):
+            where = f"{file}: tensor {tensor.name!r}"
+            if tensor.name in found:
+                raise InputError(f"{where} is in {str(found[tensor.name].file)!r} too")
+            if tensor.name not in weight_map:
+                raise InputError(f"{where} is not listed in {index_file.name}")
+            found[tensor.name] = tensor
+            if weight_map[tensor.name] != shard:
+                raise InputError(f"{where} is in {weight_map[tensor.name]!r} according to {index_file.name}")
+    for name, shard in weight_map.items():
+        if name not in found:
+            raise InputError(f"{directory / shard}: tensor {name!r} is listed in {index_file.name}, but not there")
+    return found
 
 
 def write_safetensors(
@@ -172,30 +230,6 @@ def read_json(file: Path) -> Any:
 def raw_bytes(array: np.ndarray) -> memoryview:
     """The values as they lie in a file, in C order; no copy where they lie so already."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _open_shards(directory: Path, index_file: Path) -> dict[str, TensorRef]:
-    index = read_json(index_file)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise InputError(f'{index_file}: expected {{"weight_map": {{tensor: file}}}}')
-    refs: dict[str, TensorRef] = {}
-    # Every place is checked before any file is opened.
-    for shard, file in [(shard, file_inside(directory, shard)) for shard in sorted(set(weight_map.values()))]:
-        for ref in _read_header(file):
-            if ref.name in refs:
-                raise InputError(f"{file}: tensor {ref.name!r} is in {str(refs[ref.name].file)!r} too")
-            if ref.name not in weight_map:
-                raise InputError(f"{file}: tensor {ref.name!r} is not listed in {INDEX_FILE}")
-            refs[ref.name] = ref
-            if weight_map[ref.name] != shard:
-                raise InputError(
-                    f"{file}: tensor {ref.name!r} is in {weight_map[ref.name]!r} according to {INDEX_FILE}"
-                )
-    for name, shard in weight_map.items():
-        if name not in refs:
-            raise InputError(f"{directory / shard}: tensor {name!r} is listed in {INDEX_FILE}, but not there")
-    return refs
 
 
 def _read_header(file: Path) -> list[TensorRef]:

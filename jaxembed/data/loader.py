@@ -58,15 +58,20 @@ def tokenize_examples(
     data_sets: list[DataSet] = []
     start = 0
     for source, weight in zip(sources, weights):
-        columns: list[tuple[RoleName, list[str]]] = [("query", source.anchors), ("document", source.positives)]
-        held = min(negatives, max(map(len, source.negatives), default=0))
-        for place in range(held):
-            columns.append(("document", [row[place] for row in source.negatives]))
+        everyone = np.arange(len(source))
+        columns: list[tuple[RoleName, list[str], Int[np.ndarray, " texts"]]] = [
+            ("query", source.anchors, everyone),
+            ("document", source.positives, everyone),
+        ]
+        counts = np.array([len(row) for row in source.negatives], np.int64)
+        for place in range(min(negatives, counts.max(initial=0))):
+            having = np.flatnonzero(counts > place)
+            columns.append(("document", [source.negatives[row][place] for row in having], having))
         texts = np.full((len(source), 2 + negatives), -1, np.int64)
-        for number, (role, column) in enumerate(columns):
+        for number, (role, column, rows) in enumerate(columns):
             fingerprint = f"{source.fingerprint}:{number}"
             cache = build_token_cache(column, role, tokenizer, source_fingerprint=fingerprint, directory=cache_dir)
-            texts[:, number] = start + np.arange(len(column))
+            texts[rows, number] = start + np.arange(len(column))
             start += len(column)
             caches.append(cache)
         data_sets.append(DataSet(source.name, texts, weight))
@@ -92,6 +97,8 @@ class RowLayout:
     """Numbers of chunks that are compiled for, ascending; a batch takes the first that holds it."""
     density: float
     """Expected share of positions that hold a token."""
+    filled: float = 1.0
+    """The same share, of the rows that a batch needs alone: without those that fill its last chunk."""
 
     def chunks_for(self, rows: int) -> int:
         needed = -(-rows // (self.chunk_rows * self.chips))
@@ -125,7 +132,8 @@ def choose_layout(
         chunks = tuple(sorted({needed[len(needed) // 2], needed[-1]}))
         layout = RowLayout(length, slots, per_chunk, chips, chunks, 0.0)
         positions = sum(layout.chunks_for(count) * per_chunk * chips * length for count in rows)
-        layout = dataclasses.replace(layout, density=sum(int(x.sum()) for x in batches) / positions)
+        tokens = sum(int(x.sum()) for x in batches)
+        layout = dataclasses.replace(layout, density=tokens / positions, filled=tokens / (sum(rows) * length))
         work = positions * (24 * dim**2 + 4 * dim * length)
         if best is None or work < best[0]:
             best = work, layout

@@ -38,9 +38,12 @@ class DevSet:
         return cls(examples.name, list(relevant), documents, ids, list(relevant.values()))
 
     def evaluate(self, embedder: Embedder, *, temperature: float, batch_size: int) -> dict[str, float]:
-        """mrr@10, ndcg@10, recall@1/10/100, and the loss: InfoNCE within batches of `batch_size` pairs."""
-        queries = embedder.encode_query(self.queries, show_progress_bar=False)
-        documents = embedder.encode_document(self.documents, show_progress_bar=False)
+        """mrr@10, ndcg@10, recall@1/10/100, and the loss: InfoNCE within batches of `batch_size` pairs.
+
+        All by cosine, the model's similarity, whether its text format normalises or not.
+        """
+        queries = embedder.encode_query(self.queries, normalize_embeddings=True, show_progress_bar=False)
+        documents = embedder.encode_document(self.documents, normalize_embeddings=True, show_progress_bar=False)
         metrics = retrieval_metrics(queries, documents, self.relevant)
         pairs = [(query, document) for query, found in enumerate(self.relevant) for document in sorted(found)]
         metrics["loss"] = _loss(queries, documents, np.array(pairs), temperature, batch_size)
@@ -59,7 +62,10 @@ class DevSet:
         documents = embedder.encode_document(self.documents, normalize_embeddings=True, show_progress_bar=False)
         scores = found @ documents.T
         best = top_documents(found, documents, min(hits, len(documents)))
-        hit = lambda row, document: (float(row[document]), self.ids[document], self.documents[document])  # noqa: E731
+
+        def hit(row: np.ndarray, document: int) -> tuple[float, str, str]:
+            return float(row[document]), self.ids[document], self.documents[document]
+
         return [[hit(row, document) for document in which] for row, which in zip(scores, best.tolist())]
 
 

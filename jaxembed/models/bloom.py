@@ -218,16 +218,51 @@ class Bloom(nnx.Module):
         """
         slopes = jnp.asarray(alibi_slopes(self.config.heads))
         x = self.table_norm(hooks.lookup(self.table, tokens, dtype))
-        if self.config.layers > 1:
-
-            def body(x: Array, layer: Layer) -> tuple[Array, None]:
-                return layer(x, segments, slopes, hooks), None
-
-            if layer_checkpoint != "none":
-                body = jax.checkpoint(body, policy=LAYER_CHECKPOINTS[layer_checkpoint])
-            x, _ = jax.lax.scan(body, x, self.layers)
+        x, _ = self._stacked_layers(x, segments, slopes, hooks, layer_checkpoint=layer_checkpoint)
         x = self.last_layer(x, segments, slopes, hooks, positions)
         return self.final_norm(x.astype(jnp.float32))
+
+    def layer_states(
+        self,
+        tokens: Int[Array, "rows length"],
+        segments: Int[Array, "rows length"],
+        *,
+        dtype: Any = jnp.float32,
+        hooks: Hooks = Alone(),  # noqa: B008 (a frozen value)
+    ) -> Float[Array, "{self.config.layers+1} rows length dim"]:
+        """All hidden states, float32, as transformers' `BloomModel(output_hidden_states=True)` gives them.
+
+        The embeddings after their norm, then what each layer puts out, the last one after the final norm. `tokens`,
+        `segments` and `dtype` as in `states`. For comparisons: they are `layers + 1` times the memory of the last.
+        """
+        slopes = jnp.asarray(alibi_slopes(self.config.heads))
+        embedded = self.table_norm(hooks.lookup(self.table, tokens, dtype))
+        x, between = self._stacked_layers(embedded, segments, slopes, hooks, keep=True)
+        final = self.final_norm(self.last_layer(x, segments, slopes, hooks).astype(jnp.float32))
+        before = [embedded[None]] if between is None else [embedded[None], between]
+        return jnp.concatenate([*(states.astype(jnp.float32) for states in before), final[None]])
+
+    def _stacked_layers(
+        self,
+        x: Float[Array, "rows length dim"],
+        segments: Int[Array, "rows length"],
+        slopes: Float[Array, " heads"],
+        hooks: Hooks,
+        *,
+        layer_checkpoint: str = "none",
+        keep: bool = False,
+    ) -> tuple[Float[Array, "rows length dim"], Float[Array, "stacked rows length dim"] | None]:
+        """The stream after all layers but the last and, with `keep`, after each of them."""
+        if self.config.layers == 1:
+            return x, None
+
+        def body(x: Array, layer: Layer) -> tuple[Array, Array | None]:
+            x = layer(x, segments, slopes, hooks)
+            return x, x if keep else None
+
+        if layer_checkpoint != "none":
+            body = jax.checkpoint(body, policy=LAYER_CHECKPOINTS[layer_checkpoint])
+        return jax.lax.scan(body, x, self.layers)
 
 
 def weight_map(config: BloomConfig) -> tuple[WeightRule, ...]:
@@ -235,18 +270,21 @@ def weight_map(config: BloomConfig) -> tuple[WeightRule, ...]:
     heads, head_dim, dim = config.heads, config.head_dim, config.dim
     qkv_kernel = Relayout(
         "heads·3·head_dim, dim → 3, dim, heads, head_dim",
-        lambda w: w.reshape(heads, 3, head_dim, dim).transpose(1, 3, 0, 2),
-        lambda w: w.transpose(2, 0, 3, 1).reshape(heads * 3 * head_dim, dim),
+        shape=(heads * 3 * head_dim, dim),
+        split=(heads, 3, head_dim, dim),
+        axes=(1, 3, 0, 2),
     )
     qkv_bias = Relayout(
         "heads·3·head_dim → 3, heads, head_dim",
-        lambda b: b.reshape(heads, 3, head_dim).transpose(1, 0, 2),
-        lambda b: b.transpose(1, 0, 2).reshape(heads * 3 * head_dim),
+        shape=(heads * 3 * head_dim,),
+        split=(heads, 3, head_dim),
+        axes=(1, 0, 2),
     )
     out_kernel = Relayout(
         "dim, heads·head_dim → heads, head_dim, dim",
-        lambda w: w.reshape(dim, heads, head_dim).transpose(1, 2, 0),
-        lambda w: w.transpose(2, 0, 1).reshape(dim, heads * head_dim),
+        shape=(dim, heads * head_dim),
+        split=(dim, heads, head_dim),
+        axes=(1, 2, 0),
     )
 
     def norm(name: str, *path: str) -> tuple[WeightRule, WeightRule]:

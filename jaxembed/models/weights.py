@@ -20,36 +20,43 @@ LAYER = "{layer}"
 
 @dataclass(frozen=True)
 class Relayout:
-    """Two pure functions on numpy arrays, each the other's inverse: Hugging Face's layout to ours, and back."""
+    """How a Hugging Face tensor becomes a parameter: its axes are split, then put in another order.
+
+    BLOOM's attention weight `[heads·3·head_dim, dim]`, here `[4·3·2, 8]`, becomes `[dim, 3, heads, head_dim]`:
+
+    >>> qkv = Relayout("qkv kernel", shape=(24, -1), split=(4, 3, 2, -1), axes=(3, 1, 0, 2))
+    >>> qkv.to_jax(np.zeros((24, 8))).shape, qkv.huggingface_shape((8, 3, 4, 2))
+    ((8, 3, 4, 2), (24, 8))
+    """
 
     name: str
-    to_jax: Callable[[np.ndarray], np.ndarray]
-    to_huggingface: Callable[[np.ndarray], np.ndarray]
+    shape: tuple[int, ...] | None = None
+    """Hugging Face's, for the way back; may hold one -1. None: axes are not split."""
+    split: tuple[int, ...] | None = None
+    """`shape` with axes split; may hold one -1."""
+    axes: tuple[int, ...] | None = None
+    """For `transpose`; None: their order stays."""
+
+    def to_jax(self, array: np.ndarray) -> np.ndarray:
+        """A view of a contiguous array."""
+        array = array if self.split is None else array.reshape(self.split)
+        return array if self.axes is None else array.transpose(self.axes)
+
+    def to_huggingface(
+        self, array: np.ndarray, in_order: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray
+    ) -> np.ndarray:
+        """The inverse; `in_order` copies a view whose axes are not in the order of memory."""
+        array = array if self.axes is None else in_order(array.transpose(np.argsort(self.axes)))
+        return array if self.shape is None else array.reshape(self.shape)
 
     def huggingface_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape that a parameter of this shape has in Hugging Face's layout."""
         # No memory: all elements of the placeholder are one.
-        return self.to_huggingface(np.broadcast_to(np.int8(0), tuple(shape))).shape
+        return self.to_huggingface(np.broadcast_to(np.int8(0), tuple(shape)), lambda view: view).shape
 
 
-IDENTITY = Relayout("identity", lambda array: array, lambda array: array)
-TRANSPOSE = Relayout("transpose", np.transpose, np.transpose)
-
-
-def permuted(name: str, shape: Sequence[int], split: Sequence[int], axes: Sequence[int]) -> Relayout:
-    """Splits axes of a Hugging Face tensor and orders them anew: `reshape(split)`, then `transpose(axes)`.
-
-    `shape` is the tensor's own, for the way back; it and `split` may hold one -1. BLOOM's attention weight
-    `[heads·3·head_dim, dim]`, here `[4·3·2, 8]`, becomes `[dim, 3, heads, head_dim]`:
-
-    >>> qkv = permuted("qkv kernel", shape=(24, -1), split=(4, 3, 2, -1), axes=(3, 1, 0, 2))
-    >>> qkv.to_jax(np.zeros((24, 8))).shape, qkv.huggingface_shape((8, 3, 4, 2))
-    ((8, 3, 4, 2), (24, 8))
-    """
-    inverse = np.argsort(axes)
-    return Relayout(
-        name, lambda array: array.reshape(split).transpose(axes), lambda array: array.transpose(inverse).reshape(shape)
-    )
+IDENTITY = Relayout("as it is")
+TRANSPOSE = Relayout("transposed", axes=(1, 0))
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,11 @@ class Assignment:
     def target(self) -> str:
         """The place, for people: `layers/attention/qkv/kernel[3]`."""
         return "/".join(self.path) + ("" if self.index is None else f"[{self.index}]")
+
+    @property
+    def stored(self) -> ParameterPath:
+        """The place in an Orbax model directory, where layers are not stacked: `layers/3/attention/qkv/kernel`."""
+        return self.rule.path if self.layer is None else (self.rule.path[0], str(self.layer), *self.rule.path[1:])
 
 
 @dataclass(frozen=True)

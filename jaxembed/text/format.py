@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import yaml
 from etils import epath
 
 from jaxembed.errors import InputError
@@ -166,6 +167,19 @@ def read_text_format(directory: str | os.PathLike[str]) -> TextFormat:
         'none: give one as `text_format`, for example {"query": {"prefix": "query: "}, "document": {"prefix": '
         '"document: "}, "max_length": 512}'
     )
+
+
+def read_text_format_file(path: str | os.PathLike[str]) -> TextFormat:
+    """A text format that stands alone in a YAML or JSON file, under the keys of a config's `text_format`.
+
+    Raises:
+        InputError: no such file, no YAML, or something else than a text format; names file and key.
+    """
+    try:
+        values = yaml.safe_load(epath.Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {error}") from error
+    return TextFormat.from_dict(values, where=str(path))
 
 
 def write_text_format(text_format: TextFormat, directory: str | os.PathLike[str]) -> None:

@@ -76,18 +76,17 @@ class LossOptions:
     chunk_checkpoint: str = "full"
     layer_checkpoint: str = "none"
     """Keys of `LAYER_CHECKPOINTS`: what a chunk, and a layer within it, keeps for the backward pass."""
-    normalize: bool = True
     data_sets: int = 1
 
 
 def embed_rows(
     model: Any, tokens: Array, segments: Array, last: Array, options: LossOptions, hooks: Hooks
 ) -> Float[Array, "rows slots dim"]:
-    """Embeddings of every slot of packed rows, float32."""
+    """Embeddings of every slot of packed rows, float32, of unit length: the loss compares by cosine."""
     states = model.states(
         tokens, segments, last, dtype=options.dtype, hooks=hooks, layer_checkpoint=options.layer_checkpoint
     )
-    return unit_norm(states) if options.normalize else states
+    return unit_norm(states)
 
 
 def local_loss(
@@ -125,7 +124,10 @@ def local_loss(
 
 def manual(specs: Any) -> Any:
     """The specs without `tensor`, which stays in the compiler's hands inside the `shard_map`."""
-    keep = lambda spec: PartitionSpec(*(axis if axis in BATCH_AXES else None for axis in spec))  # noqa: E731
+
+    def keep(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(axis if axis in BATCH_AXES else None for axis in spec))
+
     return jax.tree.map(keep, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
@@ -153,7 +155,9 @@ def global_value_and_grad(
     chip_loss = local_loss(graph, options, queries, Chips())
 
     def each(function: Callable[..., Array], tree: Any, specs: Any) -> Any:
-        apply = lambda x, spec: function(x, missing_axes(spec)) if missing_axes(spec) else x  # noqa: E731
+        def apply(x: Array, spec: PartitionSpec) -> Array:
+            return function(x, missing_axes(spec)) if missing_axes(spec) else x
+
         return jax.tree.map(apply, tree, specs)
 
     def per_chip(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> Any:

@@ -1,28 +1,24 @@
 """A training run from its config to its export, in the order in which it happens."""
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import nnx
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxembed.checkpoint.export import refuse_existing
-from jaxembed.checkpoint.huggingface import hash_tensors
-from jaxembed.checkpoint.orbax import TrainingCheckpoints
-from jaxembed.checkpoint.safetensors import TensorSpec
+from jaxembed.checkpoint.huggingface import weights_hash
+from jaxembed.checkpoint.orbax import COMMIT_MARKER, TrainingCheckpoints
+from jaxembed.checkpoint.pretrained import Decoder
 from jaxembed.config import TrainConfig
 from jaxembed.data.loader import Batches, iterate
 from jaxembed.data.sources import Examples
@@ -33,7 +29,13 @@ from jaxembed.sharding import compute_dtype, make_mesh
 from jaxembed.training.filters import TRAINABLE
 from jaxembed.training.gradient import LossOptions
 from jaxembed.training.metrics import MetricsWriter, StepLog
-from jaxembed.training.prepare import prepare_batches, prepare_decoder, prepare_tokenizer, read_sources
+from jaxembed.training.prepare import (
+    parameter_dtype,
+    prepare_batches,
+    prepare_decoder,
+    prepare_tokenizer,
+    read_sources,
+)
 from jaxembed.training.report import (
     CONFIG_FILE,
     RUN_FILE,
@@ -52,8 +54,11 @@ from jaxembed.training.step import (
     make_step,
     put_batch,
 )
+from jaxembed.training.termination import Stopped, Termination
 
 logger = logging.getLogger(__name__)
+
+_STEPS = "the steps"
 
 
 class TrainingError(RuntimeError):
@@ -85,6 +90,42 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
     directory = epath.Path(config.run_dir).expanduser()
     if not resume:
         _refuse_used(directory)
+    progress = _Progress()
+    with Termination() as termination:
+        try:
+            return _run(config, directory, resume, termination, progress)
+        except Stopped:
+            logger.warning("%s", _stopped(directory, resume, termination.doing, progress))
+            return Result(progress.done, False, None, progress.dev)
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far a run has come, for whoever ends it."""
+
+    steps: int = 0
+    """Of the whole run; 0 before they are known."""
+    done: int = 0
+    """Steps whose state is saved."""
+    dev: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)
+
+
+def _stopped(directory: epath.Path, resume: bool, doing: str, progress: _Progress) -> str:
+    """Where SIGTERM ended the run, and how to go on."""
+    after = f"after step {progress.done} of {progress.steps}, everything is saved"
+    if not progress.done:
+        after = "before the first step, so that there is nothing to save"
+        if resume:
+            after = "before the first step of this resumption; checkpoints are as they were"
+    during = "" if doing == _STEPS else f"during {doing}, "
+    if not (directory / CONFIG_FILE).exists():
+        return f"stopped by SIGTERM {during}{after}; start again with the same command"
+    return f"stopped by SIGTERM {during}{after}; go on with: python -m jaxembed.train --resume {directory}"
+
+
+def _run(
+    config: TrainConfig, directory: epath.Path, resume: bool, termination: Termination, progress: _Progress
+) -> Result:
     refuse_existing(export_path(config), overwrite=True)
     if config.compile_cache and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
@@ -96,9 +137,9 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
     except OSError as error:
         raise InputError(f"run_dir: cannot make the directory {directory}: {error}") from error
     tokenizer = prepare_tokenizer(config, examples, directory / "tokenizer", resume=resume)
-    decoder = prepare_decoder(config, tokenizer, mesh, _parameter_dtype(config))
+    decoder = prepare_decoder(config, tokenizer, mesh, parameter_dtype(config))
     batches = prepare_batches(config, examples, tokenizer, mesh, decoder.config.dim)
-    steps = len(batches)
+    progress.steps = steps = len(batches)
 
     graph, trainable, frozen = nnx.split(decoder.model, TRAINABLE[config.training.trainable], ...)
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
@@ -109,18 +150,18 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
         dtype=compute_dtype(config.model.compute_dtype),
         chunk_checkpoint=config.training.chunk_checkpoint,
         layer_checkpoint=config.model.layer_checkpoint,
-        normalize=tokenizer.text_format.normalize,
         data_sets=len(examples),
     )
     step = make_step(graph, trainable, frozen, optimizer, options, config.training.batch_size, mesh)
     state = initial_state(optimizer, trainable, mesh)
     embedder = Embedder(decoder, tokenizer, dtype=config.model.compute_dtype)
 
-    identity = {"plan": batches.schedule.hash, "base": config.model.path, "frozen": _hash(frozen)}
+    identity = {"plan": batches.schedule.hash, "base": config.model.path, "base_hash": base_hash(decoder, frozen)}
     with TrainingCheckpoints(directory / "checkpoints", config.checkpoint.keep) as checkpoints:
         start = 0
         if resume and (found := restore(checkpoints, state, identity)) is not None:
             start, state = found
+            progress.done = start
         elif resume:
             _refuse_other_data(directory, batches)
             logger.info("no checkpoint yet: starting from the beginning")
@@ -128,21 +169,21 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
             write_run_files(directory, config, batches)
         logger.info("%s", start_line(decoder, trainable, frozen, mesh, batches, options, start))
         with MetricsWriter(directory, tensorboard=config.logging.tensorboard, after_step=start) as metrics:
-            dev = _evaluate_before(config, directory, dev_sets, embedder, metrics)
-            state, finished = _train(
-                config, step, state, frozen, batches, start, mesh, examples, checkpoints, metrics, identity,
-                lambda done, state: _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done),
-            )  # fmt: skip
-            done = int(state.step)
-            if not finished:
-                logger.warning(
-                    "stopped by SIGTERM after step %d of %d, everything is saved; go on with: "
-                    "python -m jaxembed.train --resume %s", done, steps, directory,
+            termination.now("the first evaluation")
+            progress.dev = dev = _evaluate_before(config, directory, dev_sets, embedder, metrics)
+            termination.now(_STEPS)
+            with termination.noted():
+                state = _train(
+                    config, step, state, frozen, batches, start, mesh, examples, checkpoints, metrics, identity,
+                    lambda done, state: _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done),
+                    termination, progress,
                 )  # fmt: skip
-                return Result(done, False, None, dev)
+            done = progress.done
+            termination.now("the last evaluation")
             after = _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done)
             for name, values in after.items():
                 dev[name]["after"] = values
+    termination.now("the export")
     model = write_model(config, embedder, examples, dev)
     print_results(config, dev, dev_sets, embedder, model)
     return Result(done, True, model, dev)
@@ -179,8 +220,14 @@ def _train(
     metrics: MetricsWriter,
     identity: dict[str, Any],
     evaluate: Any,
-) -> tuple[TrainState, bool]:
-    """Steps `start` … end; (state, whether it came to the end)."""
+    termination: Termination,
+    progress: _Progress,
+) -> TrainState:
+    """Steps `start` … end.
+
+    Raises:
+        Stopped: SIGTERM came before the last step; the state is saved.
+    """
     steps, schedule = len(batches), learning_rate(config.optimizer, len(batches))
     every = config.checkpoint.every_steps
     log = StepLog(metrics, [found.name for found in examples], schedule)
@@ -189,8 +236,13 @@ def _train(
     def save(done: int) -> None:
         checkpoints.save(done, state, {**identity, "step": done})
 
+    def save_and_stop(done: int) -> NoReturn:
+        save(done)
+        checkpoints.wait()
+        progress.done = done
+        raise Stopped
+
     with (
-        _terminated() as terminated,
         profile,
         logging_redirect_tqdm(),
         tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True) as bar,
@@ -199,25 +251,28 @@ def _train(
             profile.before(done)
             state, measured = step(state, frozen, put_batch(fields, mesh))
             log.add(done, fields, measured)
-            _stop_if_not_finite(log.before_last, batches, examples)
+            _stop_if_not_finite(log.before_last, batches, examples, checkpoints)
             profile.after(done, state)
-            at_end, stop = done == steps, terminated()
+            at_end, stop = done == steps, termination.came
             evaluating = config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and not at_end
             saving = at_end or stop or (every and done % every == 0)
             if done % config.logging.every_steps == 0 or saving or evaluating:
-                _stop_if_not_finite(log.last, batches, examples)
+                _stop_if_not_finite(log.last, batches, examples, checkpoints)
                 bar.set_postfix_str(log.write(done))
             bar.update(done - bar.n)
+            if stop and not at_end:
+                save_and_stop(done)
             if saving:
                 save(done)
-            if stop and not at_end:
-                checkpoints.wait()
-                return state, False
             if evaluating:
-                with log.paused():
-                    evaluate(done, state)
+                try:
+                    with log.paused(), termination.at_once():
+                        evaluate(done, state)
+                except Stopped:
+                    save_and_stop(done)
     checkpoints.wait()
-    return state, True
+    progress.done = steps
+    return state
 
 
 class _Profile:
@@ -250,39 +305,40 @@ class _Profile:
             self._stop()
 
 
-def _stop_if_not_finite(measured: tuple[int, StepMetrics] | None, batches: Batches, examples: list[Examples]) -> None:
+def _stop_if_not_finite(
+    measured: tuple[int, StepMetrics] | None,
+    batches: Batches,
+    examples: list[Examples],
+    checkpoints: TrainingCheckpoints,
+) -> None:
+    """Ends a run whose numbers are none, and takes back the checkpoint from which it went wrong."""
     if measured is None:
         return
     done, metrics = measured
-    loss, norm = float(metrics.loss), float(metrics.gradient_norm)
-    if math.isfinite(loss) and math.isfinite(norm):
+    loss, norm, weights = float(metrics.loss), float(metrics.gradient_norm), float(metrics.weight_norm)
+    if math.isfinite(loss) and math.isfinite(norm) and math.isfinite(weights):
         return
     ids = [name for found in examples for name in found.ids]
     inside = [ids[example] for example in batches.schedule.batch(done - 1)]
+    found = f"loss {loss}, gradient norm {norm}, weights' norm {weights} after the update"
+    taken_back = ""
+    if not (math.isfinite(loss) and math.isfinite(norm)) and _take_back(checkpoints, done - 1):
+        taken_back = f" The checkpoint of step {done - 1}, which led there, is deleted."
     raise TrainingError(
-        f"step {done}: loss {loss}, gradient norm {norm}; stopped, nothing of this step was saved. "
+        f"step {done}: {found}; stopped, nothing of this step was saved.{taken_back} "
         f"A lower optimizer.learning_rate or float32 may help. The batch: {', '.join(inside)}"
     )
 
 
-@contextlib.contextmanager
-def _terminated() -> Iterator[Any]:
-    """A function that says whether SIGTERM has come; the signal itself no longer kills."""
-    came = False
-
-    def handler(*_: object) -> None:
-        nonlocal came
-        came = True
-
-    try:
-        previous = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread, as in some notebooks
-        yield lambda: False
-        return
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _take_back(checkpoints: TrainingCheckpoints, step: int) -> bool:
+    """Deletes the checkpoint of a step, unless there is no other; whether it did."""
+    checkpoints.wait()
+    if step not in (steps := checkpoints.steps()) or len(steps) == 1:
+        return False
+    path = checkpoints.directory / str(step)
+    (path / COMMIT_MARKER).unlink()
+    path.rmtree()
+    return True
 
 
 def _merged(state: TrainState, frozen: nnx.State) -> nnx.State:
@@ -343,14 +399,9 @@ def _refuse_other_data(directory: epath.Path, batches: Batches) -> None:
         )
 
 
-def _parameter_dtype(config: TrainConfig) -> Any:
-    """What is loaded: float32 where everything trains, what the config says for a frozen base."""
-    frozen = config.training.trainable != "full"
-    return jnp.dtype("float32" if config.model.param_dtype == "auto" or not frozen else config.model.param_dtype)
-
-
-def _hash(frozen: nnx.State) -> str | None:
-    """SHA-256 of the frozen parameters, None where all train."""
-    arrays = [("/".join(map(str, path)), variable[...]) for path, variable in nnx.to_flat_state(frozen)]
-    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in arrays]
-    return hash_tensors(specs, ((name, np.asarray(array)) for name, array in arrays)) if arrays else None
+def base_hash(decoder: Decoder, frozen: nnx.State) -> str | None:
+    """The `WeightsHash` of the decoder as training finds it, None where all of it trains."""
+    if not nnx.to_flat_state(frozen):
+        return None
+    state = {tuple(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(decoder.model))}
+    return weights_hash(state, decoder.family.weight_map(decoder.config), decoder.config.layers)

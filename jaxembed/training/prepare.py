@@ -2,27 +2,33 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxembed.checkpoint.pretrained import Decoder, find_directory, load_decoder, random_decoder
-from jaxembed.config import DataConfig, JsonlSource, PythonSource, TrainConfig
-from jaxembed.data.loader import CHUNK_TOKENS, Batches, choose_layout, sample_lengths, tokenize_examples
+from jaxembed.checkpoint.hub import find_directory
+from jaxembed.checkpoint.pretrained import Decoder, load_decoder, random_decoder
+from jaxembed.config import DataConfig, JsonlSource, PythonSource, RoleConfig, TrainConfig
+from jaxembed.data.loader import CHUNK_TOKENS, Batches, RowLayout, choose_layout, sample_lengths, tokenize_examples
 from jaxembed.data.plan import run_plan
 from jaxembed.data.python_source import harvest_python
 from jaxembed.data.sources import Examples, read_jsonl, summary
 from jaxembed.errors import InputError
-from jaxembed.models import FAMILIES
+from jaxembed.models import FAMILIES, Family
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT, Role, TextFormat, write_json
 from jaxembed.text.tokenizer import TextTokenizer, load_tokenizer, train_byte_level_bpe, with_end_token
 
 logger = logging.getLogger(__name__)
+
+DENSE = 0.85
+"""Density of the rows below which a run warns."""
 
 
 def read_sources(sources: Sequence[JsonlSource | PythonSource], config: DataConfig) -> list[Examples]:
@@ -60,7 +66,10 @@ def configured_format(config: TrainConfig) -> TextFormat | None:
     section = config.text_format
     if section is None:
         return None
-    role = lambda values: Role(values.prefix, values.suffix, values.instruction)  # noqa: E731
+
+    def role(values: RoleConfig) -> Role:
+        return Role(values.prefix, values.suffix, values.instruction)
+
     return TextFormat(
         query=role(section.query),
         document=role(section.document),
@@ -121,6 +130,11 @@ def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, d
     """The decoder to train, loaded or with random weights, its parameters in `dtype`."""
     if config.model.path is not None:
         return load_decoder(find_directory(config.model.path), dtype=dtype, mesh=mesh)
+    return random_decoder(*scratch_decoder(config, tokenizer), config.seed, mesh)
+
+
+def scratch_decoder(config: TrainConfig, tokenizer: TextTokenizer) -> tuple[Family, Any]:
+    """Family and shape of the decoder that `model.scratch` describes."""
     scratch = config.model.scratch
     assert scratch is not None
     family = FAMILIES[scratch.family]
@@ -137,7 +151,13 @@ def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, d
         epsilon=scratch.layer_norm_epsilon,
         initializer_range=scratch.initializer_range,
     )
-    return random_decoder(family, shape, config.seed, mesh)
+    return family, shape
+
+
+def parameter_dtype(config: TrainConfig) -> Any:
+    """What is loaded: float32 where everything trains, what the config says for a frozen base."""
+    frozen = config.training.trainable != "full"
+    return jnp.dtype("float32" if config.model.param_dtype == "auto" or not frozen else config.model.param_dtype)
 
 
 def prepare_batches(
@@ -177,12 +197,39 @@ def prepare_batches(
             f"training.row_length: {config.training.row_length} is shorter than the longest text, {longest} tokens; "
             "raise it or lower text_format.max_length"
         )
-    layout = choose_layout(
-        sample_lengths(schedule, table, texts),
+    lengths = sample_lengths(schedule, table, texts)
+    choose = partial(
+        choose_layout,
+        lengths,
         chips=chips,
         dim=dim,
         chunk_tokens=CHUNK_TOKENS.get(jax.default_backend(), CHUNK_TOKENS["gpu"]),
-        row_length=config.training.row_length,
-        chunk_rows=config.training.chunk_rows,
     )
+    layout = choose(row_length=config.training.row_length, chunk_rows=config.training.chunk_rows)
+    if layout.density < DENSE:
+        logger.warning("%s", _sparse(layout, choose, config.training.chunk_rows))
     return Batches(schedule, table, texts, which, layout, tokenizer.pad_id)
+
+
+def _sparse(layout: RowLayout, choose: Callable[..., RowLayout], chunk_rows: int | None) -> str:
+    """What is said of a layout below `DENSE`: which other one does better, or why none does.
+
+    Args:
+        choose: (row_length, chunk_rows) → layout, for the texts and devices of the run.
+        chunk_rows: as configured.
+    """
+    said = f"expected density {layout.density:.2f}: many of the computed positions hold no token; "
+    better = choose(row_length=None, chunk_rows=chunk_rows)
+    if better.density >= layout.density + 0.02:
+        return f"{said}training.row_length: {better.row_length} (or null) would have {better.density:.2f}"
+    said += "no row length does better for the work it costs"
+    if layout.filled < layout.density / layout.filled:  # the smaller share is what to mend
+        return f"{said}: they fill {layout.filled:.0%} of the rows they need"
+    at_once = layout.chips * layout.chunk_rows
+    said += f": a batch needs too few rows for {layout.chips} device(s) × {layout.chunk_rows} at once; "
+    halves = (layout.chunk_rows >> shift for shift in range(1, layout.chunk_rows.bit_length()))
+    fewer = [choose(row_length=layout.row_length, chunk_rows=rows) for rows in halves]
+    denser = next((each for each in fewer if each.density >= DENSE), fewer[-1] if fewer else layout)
+    if denser.density >= layout.density + 0.02:
+        said += f"training.chunk_rows: {denser.chunk_rows} would have {denser.density:.2f}, "
+    return f"{said}a larger training.batch_size or fewer devices would fill those {at_once}"

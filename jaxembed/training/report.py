@@ -84,7 +84,7 @@ def write_model(
         dim=embedder.dim,
         base_model=config.model.path,
         training_data=[
-            {"name": found.name, "pairs": len(found), "dropped": describe_dropped(found.dropped) or "none"}
+            {"name": found.name, "pairs": len(found), "dropped": describe_dropped(found.dropped)}
             for found in examples
         ],
         config=config.model_dump(mode="json"),
@@ -93,6 +93,7 @@ def write_model(
              for column, values in columns.items()}}
             for name, columns in dev.items() for metric in columns["after"]
         ],
+        weights_hash=embedder.model_hash,
         versions=_versions(),
     )  # fmt: skip
     found = embedder.save_pretrained(path, card=card, overwrite=True, verify=config.export.verify == "auto")

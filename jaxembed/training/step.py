@@ -38,6 +38,8 @@ class StepMetrics:
     """Before clipping."""
     by_data_set: Float[Array, "2 data_sets"]
     """Sum of losses, and number of queries, of each data set."""
+    weight_norm: Float[Array, ""]
+    """Of the trainable part after the update; not finite where the update ruined it."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -71,9 +73,12 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: nnx.Stat
     """Where every array of the state lives: moments beside their parameters, counters everywhere."""
     specs = partition_specs(trainable)
     abstract = jax.eval_shape(optimizer.init, trainable)
-    like_trainable = lambda x: isinstance(x, nnx.State)  # noqa: E731
+
+    def like_trainable(x: Any) -> bool:
+        return isinstance(x, nnx.State)
+
     optimizer_specs = jax.tree.map(
-        lambda x: specs if isinstance(x, nnx.State) else PartitionSpec(), abstract, is_leaf=like_trainable
+        lambda x: specs if like_trainable(x) else PartitionSpec(), abstract, is_leaf=like_trainable
     )
     everywhere: Any = PartitionSpec()
     return named_shardings(TrainState(specs, optimizer_specs, everywhere), mesh)
@@ -103,7 +108,7 @@ def make_step(
         (loss, by_data_set), grads = gradient(state.trainable, frozen, batch)
         updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         updated: Any = optax.apply_updates(state.trainable, updates)
-        metrics = StepMetrics(loss, optax.global_norm(grads), by_data_set)
+        metrics = StepMetrics(loss, optax.global_norm(grads), by_data_set, optax.global_norm(updated))
         return TrainState(updated, moments, state.step + 1), metrics
 
     everywhere = NamedSharding(mesh, PartitionSpec())

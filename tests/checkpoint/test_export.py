@@ -181,8 +181,25 @@ def test_chat_template(prompt: str | None, task: str | None, expected: str) -> N
         messages.insert(0, {"role": "system", "content": prompt})
     # As transformers sets it up.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(chat_template(UDEVER))
     variables: dict[str, Any] = {"messages": messages, **({"task": task} if task else {})}
-    assert environment.from_string(chat_template(UDEVER)).render(**variables) == expected
+    assert template.render(**variables) == expected
+
+
+def test_chat_template_refuses_readers_that_would_lose_the_end_marker(exported: Exported) -> None:
+    """sentence-transformers 5.4 and 5.5 hand `restore_suffix` on; benchmarks/versions.py runs them."""
+    text_format = exported.tokenizer.text_format
+    if not text_format.has_suffixes:
+        pytest.skip("no chat template")
+    settings = json.loads((exported.directory / "sentence_bert_config.json").read_text())
+    arguments = settings["processing_kwargs"]["chat_template"]
+    tokenizer = AutoTokenizer.from_pretrained(exported.directory)
+    messages = [{"role": "user", "content": "x"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False).startswith(
+        exported.tokenizer.text_format.query.prompt
+    )
+    with pytest.raises(jinja2.TemplateError, match=r"sentence-transformers 5\.7"):
+        tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
 
 
 def write(directory: Path, **changes: Any) -> Path:

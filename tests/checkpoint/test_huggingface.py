@@ -15,7 +15,7 @@ from transformers import BloomConfig, BloomForCausalLM, BloomModel
 from jaxembed.checkpoint.huggingface import iter_huggingface, load_weights, read_config, weights_hash
 from jaxembed.checkpoint.safetensors import open_tensors, raw_bytes, write_safetensors
 from jaxembed.errors import InputError
-from jaxembed.models.weights import TRANSPOSE, WeightRule, permuted
+from jaxembed.models.weights import TRANSPOSE, Relayout, WeightRule
 
 LAYERS, HEADS, HEAD_DIM, VOCAB = 3, 6, 8, 97
 DIM = HEADS * HEAD_DIM
@@ -31,9 +31,9 @@ def bloom_map() -> tuple[WeightRule, ...]:
         rule = WeightRule(f"{pattern}.weight", (*path, "kernel"), kernel)
         return [rule, WeightRule(f"{pattern}.bias", (*path, "bias"), **bias)]
 
-    qkv_kernel = permuted("qkv kernel", (3 * DIM, -1), (HEADS, 3, HEAD_DIM, -1), (3, 1, 0, 2))
-    qkv_bias = permuted("qkv bias", (3 * DIM,), (HEADS, 3, HEAD_DIM), (1, 0, 2))
-    out_kernel = permuted("out kernel", (-1, DIM), (-1, HEADS, HEAD_DIM), (1, 2, 0))
+    qkv_kernel = Relayout("qkv kernel", (3 * DIM, -1), (HEADS, 3, HEAD_DIM, -1), (3, 1, 0, 2))
+    qkv_bias = Relayout("qkv bias", (3 * DIM,), (HEADS, 3, HEAD_DIM), (1, 0, 2))
+    out_kernel = Relayout("out kernel", (-1, DIM), (-1, HEADS, HEAD_DIM), (1, 2, 0))
     layer, attention = "h.{layer}", "h.{layer}.self_attention"
     return (
         WeightRule("word_embeddings.weight", ("embedding",)),
@@ -102,7 +102,7 @@ def stored_bytes(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes
 def test_round_trip_is_byte_identical(tmp_path: Path, dtype: str, size: str, kind, tied: bool, prefix: str):
     save_bloom(tmp_path / "source", kind, dtype, tied=tied, max_shard_size=size)
     assert (size == "20KB") == (tmp_path / "source" / "model.safetensors.index.json").exists()
-    state = load_weights(tmp_path / "source", abstract_bloom(), bloom_map(), LAYERS, dtype=DTYPES[dtype], **BLOOM)
+    state, _ = load_weights(tmp_path / "source", abstract_bloom(), bloom_map(), LAYERS, dtype=DTYPES[dtype], **BLOOM)
     specs, tensors = iter_huggingface(state, bloom_map(), LAYERS, prefix)
     write_safetensors(tmp_path / "target", specs, tensors, max_shard_bytes=20_000 if size == "20KB" else 5_000_000_000)
     source = stored_bytes(tmp_path / "source")
@@ -113,7 +113,7 @@ def test_round_trip_is_byte_identical(tmp_path: Path, dtype: str, size: str, kin
 
 def test_what_we_write_transformers_loads(tmp_path: Path):
     model = save_bloom(tmp_path / "source", BloomForCausalLM)
-    state = load_weights(tmp_path / "source", abstract_bloom(), bloom_map(), LAYERS, **BLOOM)
+    state, _ = load_weights(tmp_path / "source", abstract_bloom(), bloom_map(), LAYERS, **BLOOM)
     write_safetensors(tmp_path / "target", *iter_huggingface(state, bloom_map(), LAYERS), max_shard_bytes=50_000)
     model.config.save_pretrained(tmp_path / "target")
     loaded, info = BloomModel.from_pretrained(tmp_path / "target", output_loading_info=True)
@@ -126,7 +126,7 @@ def test_what_we_write_transformers_loads(tmp_path: Path):
 
 def test_parameters_compute_what_torch_computes(tmp_path: Path):
     model = save_bloom(tmp_path)
-    state = load_weights(tmp_path, abstract_bloom(), bloom_map(), LAYERS, **BLOOM)
+    state, _ = load_weights(tmp_path, abstract_bloom(), bloom_map(), LAYERS, **BLOOM)
     x = torch.randn(1, 5, DIM)
     for layer in range(LAYERS):
         attention = model.h[layer].self_attention
@@ -147,7 +147,7 @@ def test_parameters_compute_what_torch_computes(tmp_path: Path):
 
 def test_one_layer_has_no_stack(tmp_path: Path):
     save_bloom(tmp_path, layers=1)
-    state = load_weights(tmp_path, abstract_bloom(1), bloom_map(), 1, **BLOOM)
+    state, _ = load_weights(tmp_path, abstract_bloom(1), bloom_map(), 1, **BLOOM)
     assert not any(path[0] == "layers" for path in state)
     specs, tensors = iter_huggingface(state, bloom_map(), 1)
     expected = stored_bytes(tmp_path)
@@ -157,8 +157,8 @@ def test_one_layer_has_no_stack(tmp_path: Path):
 
 def test_dtypes(tmp_path: Path):
     save_bloom(tmp_path, dtype="bfloat16")
-    wide = load_weights(tmp_path, abstract_bloom(dtype=jnp.bfloat16), bloom_map(), LAYERS, **BLOOM)
-    own = load_weights(tmp_path, abstract_bloom(dtype=jnp.bfloat16), bloom_map(), LAYERS, dtype=None, **BLOOM)
+    wide, _ = load_weights(tmp_path, abstract_bloom(dtype=jnp.bfloat16), bloom_map(), LAYERS, **BLOOM)
+    own, _ = load_weights(tmp_path, abstract_bloom(dtype=jnp.bfloat16), bloom_map(), LAYERS, dtype=None, **BLOOM)
     assert {array.dtype for array in wide.values()} == {np.dtype(np.float32)}
     assert {array.dtype for array in own.values()} == {np.dtype(ml_dtypes.bfloat16)}
     specs, tensors = iter_huggingface(wide, bloom_map(), LAYERS, dtype=ml_dtypes.bfloat16)
@@ -171,7 +171,7 @@ def test_the_hash_is_of_the_weights_only(tmp_path: Path):
     save_bloom(tmp_path / "plain")
     save_bloom(tmp_path / "head", BloomForCausalLM, tied=False, max_shard_size="20KB")
     states = [
-        load_weights(tmp_path / name, abstract_bloom(), bloom_map(), LAYERS, **BLOOM) for name in ("plain", "head")
+        load_weights(tmp_path / name, abstract_bloom(), bloom_map(), LAYERS, **BLOOM)[0] for name in ("plain", "head")
     ]
     assert states[0].keys() == states[1].keys()
     first = weights_hash(states[0], bloom_map(), LAYERS)

@@ -1,20 +1,18 @@
-"""From a name to a decoder: where it is looked for, what is said when it is not there, where its weights lie."""
+"""From a directory to a decoder: what is said when it does not fit, and where its weights lie."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from huggingface_hub import errors
 
 from jaxembed.checkpoint.huggingface import iter_huggingface
-from jaxembed.checkpoint.pretrained import find_directory, load_decoder, random_decoder
+from jaxembed.checkpoint.pretrained import load_decoder, random_decoder
 from jaxembed.errors import InputError
 from jaxembed.models import FAMILIES
 from jaxembed.models.bloom import BloomConfig
@@ -27,94 +25,6 @@ CONFIG = BloomConfig(vocab_size=64, dim=32, layers=3, heads=4)
 
 def flat(model: nnx.Module) -> dict[tuple[Any, ...], jax.Array]:
     return {tuple(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
-
-
-def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "org" / "model").mkdir(parents=True)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert find_directory(tmp_path / "org") == tmp_path / "org"
-    assert find_directory("org/model") == Path("org/model")
-    assert find_directory("~/org") == tmp_path / "org"
-    (tmp_path / "file").touch()
-    for name, found in {
-        tmp_path / "nowhere": "nothing",
-        "./nowhere": "nothing",
-        "~/nowhere": "nothing",
-        "a/b/c": "nothing",
-        "gs://bucket/model": "nothing",
-        "file": "a file",
-    }.items():
-        with pytest.raises(InputError, match=f"{name}: expected the directory of a model, found {found}$"):
-            find_directory(name)
-
-
-def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(name: str, **options: Any) -> str:
-        asked.update(name=name, **options)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    found = find_directory("org/model", revision="v1", token="secret", cache_dir="cache", local_files_only=True)
-    assert found == tmp_path
-    wanted = asked.pop("allow_patterns")
-    assert asked == {
-        "name": "org/model",
-        "revision": "v1",
-        "token": "secret",
-        "cache_dir": Path("cache"),
-        "local_files_only": True,
-    }
-    assert {"*.json", "*.safetensors"} <= set(wanted)
-    assert not any("bin" in pattern for pattern in wanted)
-
-
-def hub_error(kind: type[Exception]) -> Exception:
-    """Without the response of a server, which some of them want."""
-    error = kind.__new__(kind)
-    error.args = ("the hub's own words\nand more",)
-    return error
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        (errors.GatedRepoError, {}, "gated: accept its terms on its page and pass token="),
-        (errors.RevisionNotFoundError, {"revision": "v9"}, "no revision 'v9'"),
-        (errors.RepositoryNotFoundError, {}, "no such directory here, and no such repository on the hub"),
-        (errors.HFValidationError, {}, "neither a directory nor the form of a hub id"),
-        (
-            errors.LocalEntryNotFoundError,
-            {"local_files_only": True},
-            r"not in the local cache \(local_files_only=True\)",
-        ),
-        (errors.LocalEntryNotFoundError, {}, "no such directory here, and the hub gave: the hub's own words$"),
-        (errors.OfflineModeIsEnabled, {}, "the hub gave: the hub's own words$"),
-        (errors.HfHubHTTPError, {}, "the hub gave: "),
-        (OSError, {}, "the hub gave: the hub's own words$"),
-        (errors.HfHubHTTPError.__bases__[0], {}, "the hub gave: the hub's own words$"),
-    ],
-)
-def test_what_the_hub_refuses(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], options: dict[str, Any], message: str
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise hub_error(kind)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(InputError, match=f"^org/model: .*{message}"):
-        find_directory("org/model", **options)
-
-
-def test_offline_in_earnest(tmp_path: Path) -> None:
-    for options in ({"local_files_only": True}, {"local_files_only": True, "revision": "v1"}):
-        with pytest.raises(InputError, match=r"org/model: .*local cache"):
-            find_directory("org/model", cache_dir=tmp_path, **options)
-    with pytest.raises(InputError, match="the form of a hub id"):
-        find_directory("not an id/at all", cache_dir=tmp_path, local_files_only=True)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -95,7 +95,7 @@ class Outer:
                     "Text in parentheses, on its own lines."
                 )
                 return 1
-        except Exception:
+        except ValueError:
             def conditional(self):
                 r"""Raw \\d docstring with a comment."""  # kept
                 @functools.cache

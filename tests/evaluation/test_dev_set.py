@@ -58,11 +58,12 @@ def test_equal_queries_and_documents_are_one() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 1000])
-@pytest.mark.parametrize("temperature", [1.0, 0.05])
-def test_metrics_and_loss_one_by_one(batch_size: int, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "normalize"), [(1.0, True), (0.05, True), (0.05, False)])
+def test_metrics_and_loss_one_by_one(batch_size: int, temperature: float, normalize: bool) -> None:
+    """By cosine, whether the model's own embeddings are of unit length or not."""
     pairs = random_pairs(60)
     dev, stub = DevSet.of(examples_of(pairs)), Stub()
-    found = dev.evaluate(stub, temperature=temperature, batch_size=batch_size)  # type: ignore[arg-type]
+    found = dev.evaluate(Stub(normalize), temperature=temperature, batch_size=batch_size)  # type: ignore[arg-type]
     wanted: dict[str, list[str]] = {}
     for anchor, positive in pairs:
         wanted.setdefault(anchor, []).append(positive)

@@ -1,5 +1,6 @@
 """The decoder against transformers' `BloomModel`, and against itself under packing, pooling and checkpointing."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -26,6 +27,7 @@ SHAPE = RowShape(length=320, rows=len(LENGTHS), slots=4)
 Texts = list[np.ndarray]
 
 states = jax.jit(Bloom.states, static_argnames=("dtype", "layer_checkpoint"))
+layer_states = jax.jit(Bloom.layer_states, static_argnames="dtype")
 
 
 def config(heads: int = 4, layers: int = 3, **options) -> BloomConfig:
@@ -46,6 +48,35 @@ def padded(texts: Texts, length: int, left: bool) -> tuple[np.ndarray, np.ndarra
     return ids, mask
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Texts in rows, and where each of them lies there."""
+
+    name: str
+    tokens: np.ndarray
+    segments: np.ndarray
+    places: list[tuple[int, slice]]
+
+    def of_each_text(self, states: np.ndarray) -> list[np.ndarray]:
+        """`[…, rows, length, dim]` → for each text `[…, its length, dim]`."""
+        return [states[..., row, place, :] for row, place in self.places]
+
+
+def layouts(texts: Texts) -> list[Layout]:
+    """The texts of `LENGTHS`: one a row, with padding on either side, and packed."""
+    length = SHAPE.length
+    right, left = [slice(0, len(text)) for text in texts], [slice(length - len(text), length) for text in texts]
+    order = [7, 5, 1, 0, 4, 2, 6, 3]
+    rows = fill_rows(texts, [order[:1], order[1:5], order[5:]], SHAPE)
+    ends = {text: (row, rows.last[row, slot] + 1) for (row, slot), text in np.ndenumerate(rows.texts) if text >= 0}
+    packed = [(row, slice(end - len(texts[i]), end)) for i, (row, end) in sorted(ends.items())]
+    return [
+        Layout("right-padded", *padded(texts, length, left=False), list(enumerate(right))),
+        Layout("left-padded", *padded(texts, length, left=True), list(enumerate(left))),
+        Layout("packed", rows.tokens, rows.segments, packed),
+    ]
+
+
 def inputs(rows: Rows) -> tuple[jax.Array, ...]:
     return jnp.asarray(rows.tokens), jnp.asarray(rows.segments), jnp.asarray(rows.last)
 
@@ -53,6 +84,14 @@ def inputs(rows: Rows) -> tuple[jax.Array, ...]:
 def torch_states(model, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+
+
+def torch_layer_states(model, texts: Texts) -> list[np.ndarray]:
+    """`[layers + 1, length, dim]` for each text, padded to the longest."""
+    ids, mask = padded(texts, max(map(len, texts)), left=False)
+    with torch.no_grad():
+        found = model(torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True).hidden_states
+    return [torch.stack(found)[:, row, : len(text)].numpy() for row, text in enumerate(texts)]
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -90,25 +129,33 @@ def test_hidden_states_are_those_of_transformers(config: BloomConfig, record_pro
     model = from_torch(config, reference)
     ids, mask = padded(texts, 300, left=False)
     theirs = [s[: len(text)] for s, text in zip(torch_states(reference, ids, mask), texts)]
+    for layout in layouts(texts):
+        ours = np.asarray(states(model, layout.tokens, layout.segments))
+        assert_same(layout.of_each_text(ours), theirs, record_property)
 
-    ids, mask = padded(texts, SHAPE.length, left=False)
-    ours = np.asarray(states(model, ids, mask))
-    assert_same([s[: len(text)] for s, text in zip(ours, texts)], theirs, record_property)
 
-    ids, mask = padded(texts, SHAPE.length, left=True)
-    ours = np.asarray(states(model, ids, mask))
-    assert_same([s[-len(text) :] for s, text in zip(ours, texts)], theirs, record_property)
+@pytest.mark.parametrize("heads", [4, 6, 16, 20])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_states_of_every_layer_are_those_of_transformers(heads: int, layers: int, record_property) -> None:
+    texts = random_texts(LENGTHS)
+    reference = random_bloom(config(heads, layers))
+    model = from_torch(config(heads, layers), reference)
+    theirs = torch_layer_states(reference, texts)
+    for layout in layouts(texts):
+        found = np.asarray(layer_states(model, layout.tokens, layout.segments))
+        assert found.shape == (layers + 1, *layout.tokens.shape, 8 * heads)
+        ours = layout.of_each_text(found)
+        for layer in range(layers + 1):
+            assert_same([text[layer] for text in ours], [text[layer] for text in theirs], record_property)
 
-    order = [7, 5, 1, 0, 4, 2, 6, 3]
-    members = [order[:1], order[1:5], order[5:]]
-    rows = fill_rows(texts, members, SHAPE)
-    ours = np.asarray(states(model, rows.tokens, rows.segments))
-    found = {
-        text: ours[row, rows.last[row, slot] + 1 - len(texts[text]) : rows.last[row, slot] + 1]
-        for row, inside in enumerate(members)
-        for slot, text in enumerate(inside)
-    }
-    assert_same([found[text] for text in range(len(texts))], theirs, record_property)
+
+def test_the_last_of_all_states_are_the_final_ones() -> None:
+    model = from_torch(config(), random_bloom(config()))
+    tokens, segments = padded(random_texts((5, 20)), 32, left=False)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        found = layer_states(model, tokens, segments, dtype=dtype)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found[-1], states(model, tokens, segments, dtype=dtype), atol=1e-5)
 
 
 def test_left_padding_in_transformers_is_left_padding_here() -> None:

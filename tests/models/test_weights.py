@@ -15,7 +15,6 @@ from jaxembed.models.weights import (
     WeightRule,
     assignments,
     locate,
-    permuted,
     resolve,
 )
 
@@ -46,13 +45,13 @@ def test_plain_relayouts_are_inverses(a: int, b: int):
 def test_blooms_attention_relayouts_are_inverses(heads: int, head_dim: int, dim: int):
     fused = 3 * heads * head_dim
     kernel = np.arange(fused * dim).reshape(fused, dim)
-    relayout = permuted("qkv kernel", (fused, -1), (heads, 3, head_dim, -1), (3, 1, 0, 2))
+    relayout = Relayout("qkv kernel", (fused, -1), (heads, 3, head_dim, -1), (3, 1, 0, 2))
     assert_inverse(relayout, kernel, (dim, 3, heads, head_dim))
     head, part, unit, row = heads - 1, 2, head_dim - 1, dim - 1
     assert relayout.to_jax(kernel)[row, part, head, unit] == kernel[(head * 3 + part) * head_dim + unit, row]
-    bias = permuted("qkv bias", (fused,), (heads, 3, head_dim), (1, 0, 2))
+    bias = Relayout("qkv bias", (fused,), (heads, 3, head_dim), (1, 0, 2))
     assert_inverse(bias, np.arange(fused), (3, heads, head_dim))
-    out = permuted("out kernel", (-1, heads * head_dim), (-1, heads, head_dim), (1, 2, 0))
+    out = Relayout("out kernel", (-1, heads * head_dim), (-1, heads, head_dim), (1, 2, 0))
     kernel = np.arange(dim * heads * head_dim).reshape(dim, -1)
     assert_inverse(out, kernel, (heads, head_dim, dim))
     assert out.to_jax(kernel)[head, unit, row] == kernel[row, head * head_dim + unit]
@@ -65,11 +64,11 @@ def test_any_split_and_permutation_is_inverted(data: st.DataObject):
     axes = data.draw(st.permutations(range(len(split))))
     shape = (math.prod(split[:cut]), math.prod(split[cut:]))
     array = np.arange(math.prod(split)).reshape(shape)
-    assert_inverse(permuted("any", shape, split, axes), array, tuple(split[axis] for axis in axes))
+    assert_inverse(Relayout("any", tuple(shape), tuple(split), tuple(axes)), array, tuple(split[axis] for axis in axes))
 
 
 def test_the_shape_of_a_huge_parameter_takes_no_memory():
-    relayout = permuted("qkv kernel", (3 << 26, -1), (64, 3, 1 << 20, -1), (3, 1, 0, 2))
+    relayout = Relayout("qkv kernel", (3 << 26, -1), (64, 3, 1 << 20, -1), (3, 1, 0, 2))
     assert relayout.huggingface_shape((1 << 20, 3, 64, 1 << 20)) == (3 << 26, 1 << 20)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.config import load_config
+from jaxembed.training import loop
 
 from runs import SHAPE, Workshop, make_rows, quick_compilation, rows_of, write_jsonl  # noqa: F401 (a fixture)
 
@@ -232,21 +234,55 @@ def test_a_number_that_is_none_stops_the_run(workshop, capsys):
     assert workshop.train(run, "--optimizer.learning_rate", 1e30, "--checkpoint.every_steps", 1) == 1
     err = capsys.readouterr().err
     line = err.splitlines()[-1]
-    found = re.fullmatch(r"error: step (\d+): loss (\S+), gradient norm (\S+); stopped, .* The batch: (.*)", line)
+    numbers = r"loss (\S+), gradient norm (\S+), weights' norm (\S+) after the update"
+    found = re.fullmatch(rf"error: step (\d+): {numbers}; stopped, .* The batch: (.*)", line)
     assert found
     step = int(found[1])
     assert 1 < step < 6
-    assert not (math.isfinite(float(found[2])) and math.isfinite(float(found[3])))
-    names = found[4].split(", ")
+    assert [math.isfinite(float(number)) for number in found.groups()[1:4]] == [True, True, False]
+    names = found[5].split(", ")
     assert len(names) == 8
     assert all(re.fullmatch(r"a\.jsonl:\d+", name) for name in names)
     assert "Traceback" not in err
     assert not (run / "model").exists()
-    # The loss of every step that was saved was a number.
+    # Loss and weights of every step that was saved were numbers: it goes on from there.
     with TrainingCheckpoints(run / "checkpoints", keep=9) as checkpoints:
-        assert checkpoints.steps()
-        assert max(checkpoints.steps()) < step
+        assert checkpoints.steps() == list(range(max(1, step - 2), step))
     assert all(math.isfinite(row["train/loss"]) for row in rows_of(run))
+    assert workshop.resume(run, "--optimizer.learning_rate", 1e-3) == 0
+    assert all(np.isfinite(value).all() for value in weights(run).values())
+
+
+def test_weights_that_are_numbers_and_lead_to_none_are_no_checkpoint(workshop, capsys):
+    run = workshop.folder / "lead to nan"
+    assert workshop.train(run, "--optimizer.learning_rate", 1e12, "--checkpoint.every_steps", 1) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    found = re.search(r"error: step (\d+): loss nan, .*The checkpoint of step (\d+), which led there, is deleted", line)
+    assert found, line
+    assert int(found[2]) == int(found[1]) - 1
+    with TrainingCheckpoints(run / "checkpoints", keep=9) as checkpoints:
+        assert checkpoints.steps() == [int(found[1]) - 2]
+    assert workshop.resume(run, "--optimizer.learning_rate", 1e-3) == 0
+
+
+def test_the_only_checkpoint_is_left(workshop, capsys):
+    run = workshop.folder / "only"
+    options = ("--optimizer.learning_rate", 1e12, "--checkpoint.every_steps", 1, "--checkpoint.keep", 1)
+    assert workshop.train(run, *options) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    found = re.match(r"error: step (\d+): loss nan, .*nothing of this step was saved. A lower", line)
+    assert found, line
+    with TrainingCheckpoints(run / "checkpoints", keep=9) as checkpoints:
+        assert checkpoints.steps() == [int(found[1]) - 1]
+
+
+def test_the_loss_is_of_cosines_whatever_the_text_format(workshop):
+    losses = []
+    for normalize in ("true", "false"):
+        run = workshop.folder / f"normalize {normalize}"
+        assert workshop.train(run, "--text_format.normalize", normalize, "--training.steps", 2) == 0
+        losses.append([row["train/loss"] for row in rows_of(run)])
+    assert losses[0] == losses[1]
 
 
 def test_steps_beyond_the_profile_need_no_end_of_it(workshop):
@@ -255,6 +291,64 @@ def test_steps_beyond_the_profile_need_no_end_of_it(workshop):
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert workshop.resume(run, "--training.steps", 10) == 0
     assert [row["step"] for row in rows_of(run)] == list(range(1, 11))
+
+
+# SIGTERM outside of the steps.
+
+
+@pytest.fixture(scope="module")
+def judged(workshop):
+    """A config with evaluations, and a run of it."""
+    dev = write_jsonl(workshop.folder / "judged.jsonl", make_rows(12, seed=2))
+    config = workshop.write_config(
+        "judged",
+        data={**workshop.values["data"], "dev": [{"kind": "jsonl", "name": "dev", "path": str(dev)}]},
+        evaluation={"every_steps": 2, "bm25": False},
+    )
+    run = workshop.folder / "judged"
+    assert workshop.train(run, config=config) == 0
+    return config, run
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "during", "after"),
+    [
+        ("prepare_decoder", 1, "the preparation", None),
+        ("_evaluate", 1, "the first evaluation", 0),
+        ("_evaluate", 3, "", 4),
+        ("write_model", 1, "the export", 6),
+    ],
+)
+def test_terminated_outside_of_the_steps(workshop, judged, monkeypatch, caplog, function, call, during, after):
+    config, reference = judged
+    run = workshop.folder / f"terminated {function} {call}"
+    original, calls = getattr(loop, function), itertools.count(1)
+
+    def interrupted(*arguments, **options):
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments, **options)
+
+    previous = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, function, interrupted)
+        assert workshop.train(run, config=config) == 0
+    assert signal.getsignal(signal.SIGTERM) == previous
+    assert not (run / "model").exists()
+    line = next(message for message in caplog.messages if message.startswith("stopped by SIGTERM "))
+    assert f"during {during}, " in line if during else "during" not in line
+    if after:
+        assert f"after step {after} of 6, everything is saved" in line
+        assert (run / "checkpoints" / str(after)).is_dir()
+    else:
+        assert "before the first step, so that there is nothing to save" in line
+    if after is None:
+        assert line.endswith("start again with the same command")
+        assert workshop.train(run, config=config) == 0
+    else:
+        assert line.endswith(f"go on with: python -m jaxembed.train --resume {run}")
+        assert workshop.resume(run) == 0
+    assert_identical(run, reference)
 
 
 # Runs of their own processes, all of the same config.
@@ -296,8 +390,8 @@ def assert_identical(run, reference):
     for name, value in expected.items():
         assert found[name].tobytes() == value.tobytes(), name
     numbers = ("step", "train/loss", "train/gradient_norm", "train/learning_rate")
-    table = lambda run: [[row[name] for name in numbers] for row in rows_of(run)]  # noqa: E731
-    assert table(run) == table(reference)
+    first, second = ([row for row in rows_of(each) if "train/loss" in row] for each in (run, reference))
+    assert [[row[name] for name in numbers] for row in first] == [[row[name] for name in numbers] for row in second]
 
 
 def test_killed_twice_and_resumed(workshop, long_config, uninterrupted):

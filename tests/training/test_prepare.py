@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ from jaxembed.errors import InputError
 from jaxembed.sharding import make_mesh
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT, TEXT_FORMAT_FILE
 from jaxembed.text.tokenizer import TextTokenizer
+from jaxembed.training import prepare
 from jaxembed.training.prepare import (
     configured_format,
     prepare_batches,
@@ -209,6 +211,81 @@ def test_batches_hold_the_texts_of_the_plan(workshop, load, tmp_path, mesh):
             expected = tokenizer.tokenizer.encode(f"{role}: {text}").ids  # texts here are shorter than max_length
             assert read_back(fields, place) == expected
     assert len(seen) > 48
+
+
+SPARSE = re.compile(
+    r"expected density (\S+): many of the computed positions hold no token; (?:"
+    r"training\.row_length: (?P<row_length>\d+) \(or null\) would have (?P<then>\S+)|"
+    r"no row length does better for the work it costs: (?P<reason>.*))"
+)
+
+
+@pytest.fixture
+def layout_of(load, tmp_path, monkeypatch, caplog):
+    """(lengths of the texts of some batches, `training` options) → the layout, and the warning of its density."""
+    config = load()
+    examples = read_sources(config.data.train, config.data)
+    tokenizer = prepare_tokenizer(config, examples, tmp_path)
+
+    def prepared(lengths, devices=1, dim=64, **options):
+        monkeypatch.setattr(prepare, "sample_lengths", lambda *_: lengths)
+        changed = load(training={"batch_size": 8, "steps": 6, **options})
+        caplog.clear()
+        mesh = make_mesh(devices, 1, 1, jax.devices()[:devices])
+        layout = prepare_batches(changed, examples, tokenizer, mesh, dim).layout
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        return layout, [SPARSE.fullmatch(line) for line in warnings]
+
+    return prepared
+
+
+def random_lengths(count, low, high):
+    random = np.random.default_rng(0)
+    return [random.integers(low, high, count) for _ in range(5)]
+
+
+def test_of_rows_that_are_too_long_it_says_which_length_does_better(layout_of):
+    lengths = random_lengths(128, 5, 60)
+    layout, (told,) = layout_of(lengths, row_length=1024, chunk_rows=4)
+    assert layout.density == pytest.approx(float(told[1]), abs=0.006)
+    assert layout.density < 0.85
+    better, warnings = layout_of(lengths, row_length=int(told["row_length"]), chunk_rows=4)
+    assert better.density == pytest.approx(float(told["then"]), abs=0.006)
+    assert better.density > 0.85
+    assert not warnings
+    chosen, _ = layout_of(lengths, chunk_rows=4)
+    assert chosen == better, "null chooses it"
+
+
+def test_of_too_few_rows_it_says_what_would_fill_them(layout_of):
+    lengths = random_lengths(128, 5, 60)
+    layout, (told,) = layout_of(lengths, devices=8, row_length=64, chunk_rows=32)
+    assert layout.density < 0.4
+    said = re.fullmatch(
+        r"a batch needs too few rows for 8 device\(s\) × 32 at once; training\.chunk_rows: (\d+) would have (\S+), "
+        "a larger training.batch_size or fewer devices would fill those 256",
+        told["reason"],
+    )
+    assert said
+    better, warnings = layout_of(lengths, devices=8, row_length=64, chunk_rows=int(said[1]))
+    assert better.density == pytest.approx(float(said[2]), abs=0.006)
+    assert better.density > 0.85
+    assert not warnings
+    _, (told,) = layout_of(random_lengths(8, 5, 60), devices=8, chunk_rows=1)
+    assert told["reason"].endswith("for 8 device(s) × 1 at once; a larger training.batch_size or fewer devices "
+                                   "would fill those 8")  # fmt: skip
+
+
+def test_of_texts_that_do_not_fill_rows_it_says_so(layout_of):
+    layout, (told,) = layout_of([np.full(2000, 33)] * 3, dim=16)
+    assert layout.row_length == 48
+    assert told["reason"] == f"they fill {33 / 48:.0%} of the rows they need"
+
+
+def test_of_dense_rows_it_says_nothing(layout_of):
+    layout, warnings = layout_of(random_lengths(128, 5, 60))
+    assert layout.density > 0.85
+    assert not warnings
 
 
 def read_back(fields, place):

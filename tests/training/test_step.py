@@ -125,6 +125,8 @@ def test_bookkeeping_of_a_step(trainable, axes):
         assert counts.tolist() == [2, 5, 1]
         assert sums.sum() / 8 == pytest.approx(float(metrics.loss), rel=1e-6)
         assert float(metrics.gradient_norm) > 0.1, "the norm is that before clipping"
+        squares = [np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(state.trainable)]
+        assert float(metrics.weight_norm) == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
     assert int(state.step) == 3
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(previous)), "the state is not held twice"
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places)):

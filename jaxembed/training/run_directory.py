@@ -1,0 +1,175 @@
+"""A training run as the source of a conversion: its base, with the trained part of its newest checkpoint in place."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from jaxembed.checkpoint.buffers import Buffers
+from jaxembed.checkpoint.convert import Source, open_source
+from jaxembed.checkpoint.hub import find_directory
+from jaxembed.checkpoint.huggingface import WeightsHash, in_order
+from jaxembed.checkpoint.model_card import model_card
+from jaxembed.checkpoint.orbax import newest_checkpoint, read_to_host, store_contents
+from jaxembed.checkpoint.pretrained import abstract_decoder, flat_state, random_decoder
+from jaxembed.checkpoint.safetensors import TensorSpec
+from jaxembed.config import TrainConfig, load_config
+from jaxembed.errors import InputError
+from jaxembed.models import Family
+from jaxembed.models.weights import Assignment, ParameterPath, Plan, assignments, shorten
+from jaxembed.text.tokenizer import TextTokenizer
+from jaxembed.training.filters import TRAINABLE
+from jaxembed.training.prepare import parameter_dtype, scratch_decoder
+from jaxembed.training.report import CONFIG_FILE
+
+_Tensors = Iterator[tuple[str, np.ndarray]]
+
+
+def is_run(path: Path) -> bool:
+    """Whether it is a training run's directory."""
+    return (path / CONFIG_FILE).is_file() and (path / "checkpoints").is_dir()
+
+
+def open_run(path: Path) -> Source:
+    """The model of a run as its newest readable checkpoint has it, in the text format that it was trained in.
+
+    The tensors are those of the run's own export, had it ended at that checkpoint: the trained part in float32, the
+    frozen part in the dtype in which it was held. Nothing of the optimiser is read.
+
+    Raises:
+        InputError: no checkpoint, or it does not belong to the config, or the base is another one than then.
+    """
+    config = load_config(path / CONFIG_FILE, ["--run_dir", str(path)])
+    checkpoint, info = newest_checkpoint(path / "checkpoints")
+    tokenizer = TextTokenizer.from_directory(path / "tokenizer")
+    dtype = np.dtype(parameter_dtype(config))
+    if config.model.path is not None:
+        base = open_source(find_directory(config.model.path))
+        family, model, huggingface_config = base.family, base.config, base.huggingface_config
+        read_base = functools.partial(_read_base, base, dtype)
+    else:
+        family, model = scratch_decoder(config, tokenizer)
+        huggingface_config = model.to_huggingface()
+        read_base = functools.partial(_read_random, family, model, config.seed, dtype)
+    abstract = flat_state(abstract_decoder(family, model)[1])
+    trained = _trained_part(checkpoint, config, abstract)
+    plan = list(assignments(family.weight_map(model), model.layers))
+    _check_base(path, info, read_base, [each.source for each in plan])
+    # Stack by stack, for a checkpoint holds the layers of a parameter in one array.
+    plan.sort(key=lambda each: each.path)
+    specs = {}
+    for each in plan:
+        leaf = abstract[each.path]
+        shape = each.rule.relayout.huggingface_shape(leaf.shape if each.index is None else leaf.shape[1:])
+        held = np.dtype(trained[each.path].dtype) if each.path in trained else dtype
+        specs[each.source] = TensorSpec(each.source, held, shape)
+
+    def read(names: Sequence[str], buffers: Buffers) -> _Tensors:
+        places = {each.source: each for each in plan}
+        frozen = read_base([name for name in names if places[name].path not in trained], buffers)
+        stacks = _Stacks(checkpoint, trained)
+        for name in names:
+            each = places[name]
+            yield (name, stacks.read(each)) if each.path in trained else next(frozen)
+
+    def card(name: str, weights_hash: str) -> str:
+        return model_card(
+            name=name,
+            text_format=tokenizer.text_format,
+            dim=model.dim,
+            description=f"The model after step {info.get('step')} of its training.",
+            base_model=config.model.path,
+            config=config.model_dump(mode="json"),
+            weights_hash=weights_hash,
+        )
+
+    return Source(
+        path, "training run", family, model, huggingface_config, Plan(tuple(plan), "", ()), specs, read,
+        tokenizer=tokenizer, card=card,
+    )  # fmt: skip
+
+
+class _Stacks:
+    """Trained tensors, read from the checkpoint one stacked parameter at a time."""
+
+    def __init__(self, checkpoint: epath.Path, trained: Mapping[ParameterPath, jax.ShapeDtypeStruct]) -> None:
+        self._checkpoint, self._trained = checkpoint, trained
+        self._held: tuple[ParameterPath, np.ndarray] | None = None
+
+    def read(self, each: Assignment) -> np.ndarray:
+        if self._held is None or self._held[0] != each.path:
+            self._held = None  # before the next one is read
+            wanted = {(_leaf(each.path),): self._trained[each.path]}
+            [(_, array)] = read_to_host(self._checkpoint, wanted, Buffers())
+            self._held = each.path, array
+        array = self._held[1] if each.index is None else self._held[1][each.index]
+        return each.rule.relayout.to_huggingface(array, in_order)
+
+
+def _leaf(path: ParameterPath) -> str:
+    """The name of a parameter's array in a training checkpoint."""
+    return ".".join(("trainable", *path, "value"))
+
+
+def _trained_part(
+    checkpoint: epath.Path, config: TrainConfig, abstract: Mapping[ParameterPath, Any]
+) -> dict[ParameterPath, jax.ShapeDtypeStruct]:
+    contents = {name: leaf for (name, *_), leaf in store_contents(checkpoint).items() if name.startswith("trainable.")}
+    trains = TRAINABLE[config.training.trainable]
+    # Arrays without elements (the stack of a model of one layer) are not stored.
+    wanted = {_leaf(path): path for path, variable in abstract.items() if trains(path, variable) and variable.size}
+    if wanted.keys() != contents.keys():
+        other = sorted(wanted.keys() ^ contents.keys())
+        raise InputError(f"{checkpoint}: does not hold the trainable part of the run's config: {shorten(other)}")
+    for name, path in wanted.items():
+        if contents[name].shape != abstract[path].shape:
+            raise InputError(
+                f"{checkpoint}: {name} has shape {list(contents[name].shape)}, expected {list(abstract[path].shape)}"
+            )
+    return {path: contents[name] for name, path in wanted.items()}
+
+
+def _read_base(base: Source, dtype: np.dtype[Any], names: Sequence[str], buffers: Buffers) -> _Tensors:
+    prefix = base.plan.prefix
+    for name, array in base.read([prefix + name for name in names], buffers):
+        cast = array.astype(dtype, copy=False)
+        if cast is not array:
+            buffers.give(array)
+        yield name.removeprefix(prefix), cast
+
+
+def _read_random(
+    family: Family, model: Any, seed: int, dtype: np.dtype[Any], names: Sequence[str], buffers: Buffers
+) -> _Tensors:
+    if not names:
+        return
+    state = flat_state(nnx.state(random_decoder(family, model, seed).model))
+    places = {each.source: each for each in assignments(family.weight_map(model), model.layers)}
+    for name in names:
+        each = places[name]
+        array = np.asarray(state[each.path][...] if each.index is None else state[each.path][each.index])
+        yield name, each.rule.relayout.to_huggingface(array, in_order).astype(dtype, copy=False)
+
+
+def _check_base(
+    path: Path, info: Mapping[str, Any], read_base: Callable[[Sequence[str], Buffers], _Tensors], names: Sequence[str]
+) -> None:
+    """Everything that was frozen has to be what it was."""
+    recorded = info.get("base_hash")
+    if recorded is None:
+        return
+    found = WeightsHash()
+    buffers = Buffers()
+    for name, array in read_base(names, buffers):
+        found.add(name, array)
+        buffers.give(array)
+    if found.hexdigest() != recorded:
+        raise InputError(
+            f"{path}: the base model {info.get('base')!r} is not the one that the run began with: its weights have the "
+            f"hash {found.hexdigest()}, then it was {recorded}"
+        )
