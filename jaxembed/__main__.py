@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,9 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

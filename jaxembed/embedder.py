@@ -104,7 +104,7 @@ class Embedder:
         directory = find_directory(
             model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        family_of(read_config(directory))  # another architecture is the first thing to say
+        family_of(read_config(directory), str(directory / "config.json"))  # another architecture is the first thing to say
         if text_format is not None and not isinstance(text_format, TextFormat):
             text_format = TextFormat.from_dict(text_format, "text_format")
         tokenizer = TextTokenizer.from_directory(directory, text_format)

@@ -154,8 +154,9 @@ def open_source(path: Path) -> Source:
         InputError: something is missing, too many, damaged or of another architecture; names file and tensor.
     """
     huggingface_config = read_config(path)
-    family = family_of(huggingface_config)
-    config = family.config.from_huggingface(huggingface_config)
+    where = str(path / "config.json")
+    family = family_of(huggingface_config, where)
+    config = family.config.from_huggingface(huggingface_config, where)
     rules = family.weight_map(config)
     tensors: Mapping[str, StoredTensor]
     recorded = None

@@ -34,7 +34,7 @@ def refuse_target(target: Path, source: Path, overwrite: bool) -> None:
     Raises:
         InputError: it is not empty and `overwrite` is False or it is no model directory, or it holds the source.
     """
-    if "://" in os.fspath(target):
+    if target.parts and target.parts[0].endswith(":"):  # of gs://bucket/model, as a path has it
         raise InputError(f"{target}: a model is written to a local directory; write it there, then copy it")
     if not target.exists():
         return

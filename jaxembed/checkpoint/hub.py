@@ -65,7 +65,7 @@ def find_directory(
 def wanted_files(files: Iterable[str]) -> list[str]:
     """Of a repository's files those that a model is read from.
 
-    These are its descriptions (config, tokenizer, text format) and its weights once: safetensors where it has them,
+    These are its descriptions (config, tokenizer, text format, model card) and its weights once: safetensors where it has them,
     else `pytorch_model.bin`; whole where it has them whole, else in shards.
     """
     files = list(files)

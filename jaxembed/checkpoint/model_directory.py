@@ -84,8 +84,8 @@ def stored_tensors(
     """
     contents = store_contents(directory / WEIGHTS)
     plan = list(assignments(weight_map, layers, prefix))
-    missing = ["/".join(each.stored) for each in plan if each.stored not in contents]
-    surplus = ["/".join(path) for path in contents.keys() - {each.stored for each in plan}]
+    missing = ["/".join(each.stored) for each in plan if ".".join(each.stored) not in contents]
+    surplus = [key.replace(".", "/") for key in contents.keys() - {".".join(each.stored) for each in plan}]
     if missing or surplus:
         raise InputError(
             f"{directory / WEIGHTS}: these are not the weights of this model; missing: {shorten(missing) or 'none'}; "
@@ -93,7 +93,7 @@ def stored_tensors(
         )
     found = {}
     for each in plan:
-        leaf = contents[each.stored]
+        leaf = contents[".".join(each.stored)]
         try:
             shape = each.rule.relayout.huggingface_shape(leaf.shape)
         except ValueError as error:
@@ -103,9 +103,8 @@ def stored_tensors(
             ) from error
         found[each.source] = OrbaxTensor(each.source, leaf.dtype, shape, directory / WEIGHTS, each.stored, each)
     if (directory / EXTRA).exists():
-        for path, leaf in store_contents(directory / EXTRA).items():
-            name = "/".join(path)
-            found[name] = OrbaxTensor(name, leaf.dtype, leaf.shape, directory / EXTRA, path, None)
+        for name, leaf in store_contents(directory / EXTRA).items():
+            found[name] = OrbaxTensor(name, leaf.dtype, leaf.shape, directory / EXTRA, (name,), None)
     return found
 
 

@@ -294,22 +294,26 @@ def write_store(
         raise CheckpointError(f"could not write {directory}: {_first_line(error)}") from error
 
 
-def store_contents(directory: epath.PathLike) -> dict[ArrayPath, jax.ShapeDtypeStruct]:
-    """Keys, shapes and dtypes of the arrays of a store.
+def store_contents(directory: epath.PathLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays of a store, by their keys, joined by dots.
+
+    By TensorStore, for Orbax opens all arrays at once and tells of each damaged one that it comes to with a traceback.
 
     Raises:
         InputError: it is no readable Orbax checkpoint.
     """
+    contents, end = {}, b"/zarr.json"
     try:
-        stored = ocp.metadata(epath.Path(directory).resolve()).metadata
-        if not isinstance(stored, dict):
-            raise ValueError("the list of its arrays is missing")
-        leaves, _ = jax.tree_util.tree_flatten_with_path(stored)
-        return {
-            tuple(str(key.key) for key in path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves
-        }
-    except Exception as error:  # whatever a damaged file makes of the readers of several formats
+        if not (epath.Path(directory) / COMMIT_MARKER).exists():
+            raise ValueError("it is not there, or was not written to its end")
+        for key in tensorstore.KvStore.open(_kvstore(directory)).result().list().result():
+            if key.endswith(end):
+                name = key.removesuffix(end).decode()
+                stored = _open_array(directory, name, tensorstore.Context())
+                contents[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
+    except (OSError, ValueError) as error:
         raise InputError(f"{directory}: not a readable Orbax checkpoint: {_first_line(error)}") from error
+    return contents
 
 
 def read_store(
@@ -347,14 +351,22 @@ def read_to_host(
     context = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
     for path, leaf in wanted.items():
         array = buffers.take(math.prod(leaf.shape) * leaf.dtype.itemsize).view(leaf.dtype).reshape(leaf.shape)
-        base = {"driver": "file", "path": str(epath.Path(directory).resolve() / "state")}
-        spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(path)}}
         try:
-            stored = tensorstore.open(spec, context=context, open=True).result()
+            stored = _open_array(directory, ".".join(path), context)
             tensorstore.array(array, context=context).write(stored).result()
         except (OSError, ValueError) as error:
             raise InputError(f"{directory}: {'/'.join(path)} cannot be read: {_first_line(error)}") from error
         yield path, array
+
+
+def _kvstore(directory: epath.PathLike) -> dict[str, Any]:
+    base = {"driver": "file", "path": str(epath.Path(directory).resolve() / "state")}
+    return {"driver": "ocdbt", "base": base}
+
+
+def _open_array(directory: epath.PathLike, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
+    spec = {"driver": "zarr3", "kvstore": {**_kvstore(directory), "path": name}}
+    return tensorstore.open(spec, context=context, open=True).result()
 
 
 def _store_context() -> ocp.Context:

@@ -58,8 +58,9 @@ def load_decoder(
     """
     directory = Path(directory)
     huggingface_config = read_config(directory)
-    family = family_of(huggingface_config)
-    config = family.config.from_huggingface(huggingface_config)
+    where = str(directory / "config.json")
+    family = family_of(huggingface_config, where)
+    config = family.config.from_huggingface(huggingface_config, where)
     graph, abstract = abstract_decoder(family, config)
     if mesh is not None:
         check_divisible(abstract, mesh)
@@ -67,7 +68,7 @@ def load_decoder(
     rules = family.weight_map(config)
     specs = None if mesh is None else named_shardings(partition_specs(abstract), mesh)
     if is_model_directory(directory):
-        shardings = None if specs is None else flat_state(specs)
+        shardings = None if specs is None else {path: leaf.get_value() for path, leaf in flat_state(specs).items()}
         arrays = load_stored(
             directory, flat, shardings, rules, config.layers, dtype=jnp.dtype(dtype), progress=progress
         )

@@ -38,8 +38,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(huggingface_config: Mapping[str, Any]) -> Family:
-    """The family that a `config.json` names.
+def family_of(huggingface_config: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The family that a `config.json`, which `where` names in messages, asks for.
 
     Raises:
         InputError: an architecture that is not supported.
@@ -47,6 +47,6 @@ def family_of(huggingface_config: Mapping[str, Any]) -> Family:
     name = huggingface_config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(
-            f"config.json: unknown architecture: model_type is {name!r}, supported are {', '.join(map(repr, FAMILIES))}"
+            f"{where}: unknown architecture: model_type is {name!r}, supported are {', '.join(map(repr, FAMILIES))}"
         )
     return FAMILIES[name]

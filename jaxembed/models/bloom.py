@@ -48,8 +48,8 @@ class BloomConfig:
         return self.dim // self.heads
 
     @classmethod
-    def from_huggingface(cls, config: Mapping[str, Any]) -> "BloomConfig":
-        """Reads a `config.json`, under either spelling of its keys.
+    def from_huggingface(cls, config: Mapping[str, Any], where: str = "config.json") -> "BloomConfig":
+        """Reads a `config.json`, which `where` names in messages, under either spelling of its keys.
 
         Raises:
             InputError: a key is missing or not a number, or heads do not divide the hidden size.
@@ -59,7 +59,7 @@ class BloomConfig:
             for name in names:
                 if isinstance(config.get(name), int):
                     return config[name]
-            raise InputError(f"config.json: expected a whole number under {' or '.join(map(repr, names))}")
+            raise InputError(f"{where}: expected a whole number under {' or '.join(map(repr, names))}")
 
         result = cls(
             vocab_size=read("vocab_size"),
@@ -71,7 +71,7 @@ class BloomConfig:
             initializer_range=float(config.get("initializer_range", 0.02)),
         )
         if result.dim % result.heads:
-            raise InputError(f"config.json: {result.heads} heads do not divide the hidden size {result.dim}")
+            raise InputError(f"{where}: {result.heads} heads do not divide the hidden size {result.dim}")
         return result
 
     def to_huggingface(self) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _leaf(path: ParameterPath) -> str:
 def _trained_part(
     checkpoint: epath.Path, config: TrainConfig, abstract: Mapping[ParameterPath, Any]
 ) -> dict[ParameterPath, jax.ShapeDtypeStruct]:
-    contents = {name: leaf for (name, *_), leaf in store_contents(checkpoint).items() if name.startswith("trainable.")}
+    contents = {name: leaf for name, leaf in store_contents(checkpoint).items() if name.startswith("trainable.")}
     trains = TRAINABLE[config.training.trainable]
     # Arrays without elements (the stack of a model of one layer) are not stored.
     wanted = {_leaf(path): path for path, variable in abstract.items() if trains(path, variable) and variable.size}

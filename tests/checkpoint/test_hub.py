@@ -217,13 +217,20 @@ def test_a_directory_is_taken_as_it_is(hub: Hub, tmp_path: Path, monkeypatch: py
     assert hub.requests == 0
 
 
-DESCRIPTION = ("config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja")
+DESCRIPTION = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "merges.txt",
+    "chat_template.jinja",
+    "README.md",
+    "LICENSE",
+)
 MODULES = ("modules.json", "1_Pooling/config.json")
 SHARDS = ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "model_00002-of-00002.safetensors")
 BIN_SHARDS = ("pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "pytorch_model_00002-of-00002.bin")
 BIN = ("pytorch_model.bin",)
 ELSE = (
-    "README.md",
     ".gitattributes",
     "flax_model.msgpack",
     "tf_model.h5",

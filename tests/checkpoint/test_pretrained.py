@@ -1,6 +1,7 @@
 """From a directory to a decoder: what is said when it does not fit, and where its weights lie."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxembed.checkpoint.convert import convert, open_source, plan_conversion
 from jaxembed.checkpoint.huggingface import iter_huggingface
 from jaxembed.checkpoint.pretrained import load_decoder, random_decoder
 from jaxembed.errors import InputError
@@ -28,9 +30,13 @@ def flat(model: nnx.Module) -> dict[tuple[Any, ...], jax.Array]:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_weights_on_one_device_and_on_eight(tmp_path: Path, dtype: Any) -> None:
+@pytest.mark.parametrize("container", ["Hugging Face", "Orbax"])
+def test_weights_on_one_device_and_on_eight(tmp_path: Path, dtype: Any, container: str) -> None:
     reference = random_bloom(CONFIG)
     reference.save_pretrained(tmp_path)
+    if container == "Orbax":
+        convert(plan_conversion(open_source(tmp_path), "orbax"), tmp_path / "orbax", progress=False)
+        tmp_path = tmp_path / "orbax"
     expected = in_jax(CONFIG, reference.state_dict())
     alone = load_decoder(tmp_path, dtype=dtype, progress=False)
     mesh = make_mesh(data=2, fsdp=4)
@@ -46,6 +52,7 @@ def test_weights_on_one_device_and_on_eight(tmp_path: Path, dtype: Any) -> None:
     assert len(kernel.sharding.device_set) == 8
     assert kernel.addressable_shards[0].data.shape == (CONFIG.dim // 4, 4 * CONFIG.dim)
     assert len(alone.model.table[...].sharding.device_set) == 1
+    assert alone.weights_hash == spread.weights_hash
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,32 @@ def test_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(InputError, match=r"'config\.json' is missing"):
         load_decoder(tmp_path, progress=False)
+
+
+def test_a_damaged_orbax_directory(tmp_path: Path) -> None:
+    random_bloom(CONFIG).save_pretrained(tmp_path / "source")
+    convert(plan_conversion(open_source(tmp_path / "source"), "orbax"), tmp_path / "orbax", progress=False)
+    config = json.loads((tmp_path / "orbax" / "config.json").read_text())
+    for changes, message in (
+        ({"n_layer": 4}, "weights: these are not the weights of this model; missing: layers/3"),
+        ({"vocab_size": 65}, r"has shape \[64, 32\], expected \[65, 32\]"),
+    ):
+        (tmp_path / "orbax" / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(InputError, match=message):
+            load_decoder(tmp_path / "orbax", progress=False)
+    shutil.rmtree(tmp_path / "orbax" / "weights")
+    with pytest.raises(InputError, match="weights: not a readable Orbax checkpoint"):
+        load_decoder(tmp_path / "orbax", progress=False)
+
+
+def test_one_layer_has_no_stack_in_an_orbax_directory(tmp_path: Path) -> None:
+    config = BloomConfig(vocab_size=64, dim=32, layers=1, heads=4)
+    reference = random_bloom(config)
+    reference.save_pretrained(tmp_path / "source")
+    convert(plan_conversion(open_source(tmp_path / "source"), "orbax"), tmp_path / "orbax", progress=False)
+    found = flat(load_decoder(tmp_path / "orbax", progress=False).model)
+    for path, array in in_jax(config, reference.state_dict()).items():
+        np.testing.assert_array_equal(found[path], array)
 
 
 def test_random_weights_do_not_depend_on_the_mesh() -> None:
