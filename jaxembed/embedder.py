@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 from tqdm import tqdm
 
-from jaxembed.checkpoint.export import Verification, verify_export, write_sentence_transformers
+from jaxembed.checkpoint.export import Verification, exported_config, verify_export, write_sentence_transformers
 from jaxembed.checkpoint.hub import check_push, find_directory, push_directory
 from jaxembed.checkpoint.huggingface import iter_huggingface, read_config, weights_hash
 from jaxembed.checkpoint.model_card import model_card
@@ -104,7 +104,8 @@ class Embedder:
         directory = find_directory(
             model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        family_of(read_config(directory), str(directory / "config.json"))  # another architecture is the first thing to say
+        # Another architecture is the first thing to say.
+        family_of(read_config(directory), str(directory / "config.json"))
         if text_format is not None and not isinstance(text_format, TextFormat):
             text_format = TextFormat.from_dict(text_format, "text_format")
         tokenizer = TextTokenizer.from_directory(directory, text_format)
@@ -256,16 +257,14 @@ class Embedder:
         path = Path(path).expanduser().absolute()
         decoder = self.decoder
         rules = decoder.family.weight_map(decoder.config)
-        # Trained and frozen parameters may differ in dtype; readers cast all to the one that the config names.
-        widest = jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(self._state)))
-        config = {key: value for key, value in decoder.huggingface_config.items() if key != "dtype"}
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(self._state)}
 
         def write_weights(directory: str | os.PathLike[str]) -> None:
             write_safetensors(directory, *iter_huggingface(self._flat_state(), rules, decoder.config.layers))
 
         write_sentence_transformers(
             path,
-            huggingface_config={**config, "torch_dtype": widest.name},
+            huggingface_config=exported_config(decoder.huggingface_config, dtypes),
             tokenizer=self.tokenizer,
             tokenizer_class=decoder.family.tokenizer_class,
             write_weights=write_weights,

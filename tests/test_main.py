@@ -56,6 +56,8 @@ def test_no_command_is_an_error_with_help(capsys):
 def test_help_lists_the_commands_and_version_the_version():
     run = [sys.executable, "-m", "jaxembed"]
     text = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(re.search(rf"^  {name} +{re.escape(line)}$", text, re.MULTILINE) for name, line in script.COMMANDS.items())
+    assert all(
+        re.search(rf"^  {name} +{re.escape(line)}$", text, re.MULTILINE) for name, line in script.COMMANDS.items()
+    )
     version = subprocess.run([*run, "--version"], capture_output=True, text=True, check=True).stdout
     assert version.startswith("jaxembed ")

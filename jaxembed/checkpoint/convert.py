@@ -21,7 +21,7 @@ from tqdm import tqdm
 import jaxembed
 from jaxembed.checkpoint.buffers import Buffers
 from jaxembed.checkpoint.directories import new_directory, refuse_target
-from jaxembed.checkpoint.export import write_description
+from jaxembed.checkpoint.export import exported_config, write_description
 from jaxembed.checkpoint.huggingface import (
     WEIGHT_DTYPES,
     WeightsHash,
@@ -241,13 +241,14 @@ def convert(
             raise InputError(
                 f"{source.path}: damaged: the weights have the hash {weights_hash}, recorded is {source.weights_hash}"
             )
-        config = _config(conversion)
         if tokenizer is not None:
+            config = exported_config(source.huggingface_config, {spec.dtype for spec in conversion.specs})
             make_card = source.card or functools.partial(_card, source, tokenizer)
             card = make_card(target.name, weights_hash)
             write_description(partial, config, tokenizer, card, source.family.tokenizer_class)
         else:
             not_copied = _copy_files(source.path, partial)
+            config = _config(conversion)
             if config != source.huggingface_config:
                 (partial / "config.json").unlink()
                 write_json(partial / "config.json", config)
@@ -372,11 +373,10 @@ def _config(conversion: Conversion) -> Mapping[str, Any]:
     before = {conversion.source.tensors[name].dtype for name in conversion.names}
     after = {spec.dtype for spec in conversion.specs}
     config = conversion.source.huggingface_config
-    if before == after and conversion.source.tokenizer is None:
+    if before == after:
         return config
     keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
-    widest = functools.reduce(jnp.promote_types, after)
-    return {**config, **dict.fromkeys(keys, widest.name)}
+    return {**config, **dict.fromkeys(keys, jnp.result_type(*after).name)}
 
 
 def _copy_files(source: Path, target: Path) -> list[str]:

@@ -12,11 +12,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -94,6 +95,16 @@ def write_sentence_transformers(
         card = model_card if isinstance(model_card, str) else model_card()
         write_description(partial, huggingface_config, tokenizer, card, tokenizer_class)
     return target
+
+
+def exported_config(huggingface_config: Mapping[str, Any], dtypes: Iterable[Any]) -> dict[str, Any]:
+    """The `config.json` of an export whose tensors have these dtypes.
+
+    Trained and frozen parameters may differ; readers cast all to the dtype that the config names, under the key that
+    old transformers read too.
+    """
+    others = {key: value for key, value in huggingface_config.items() if key != "dtype"}
+    return {**others, "torch_dtype": jnp.result_type(*dtypes).name}
 
 
 def write_description(

@@ -65,8 +65,8 @@ def find_directory(
 def wanted_files(files: Iterable[str]) -> list[str]:
     """Of a repository's files those that a model is read from.
 
-    These are its descriptions (config, tokenizer, text format, model card) and its weights once: safetensors where it has them,
-    else `pytorch_model.bin`; whole where it has them whole, else in shards.
+    These are its descriptions (config, tokenizer, text format, model card) and its weights once: safetensors where it
+    has them, else `pytorch_model.bin`; whole where it has them whole, else in shards.
     """
     files = list(files)
     kinds = ([file for file in files if kind.fullmatch(file)] for kind in _WEIGHTS)

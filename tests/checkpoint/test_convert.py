@@ -148,8 +148,7 @@ def test_an_export_drops_the_head_and_says_so(tmp_path: Path, capsys: pytest.Cap
         assert "dropped, as an embedder has no use for it: lm_head.weight" in capsys.readouterr().out
         assert run(source, tmp_path / "orbax", "--overwrite") == 0
         assert "dropped" not in capsys.readouterr().out
-        expected = {name: tensor for name, tensor in random_weights("float32").items()}
-        assert stored_bytes(tmp_path / f"of {name}") == bytes_of(expected)
+        assert stored_bytes(tmp_path / f"of {name}") == bytes_of(random_weights("float32"))
 
 
 def test_an_export_needs_a_text_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,7 +286,10 @@ def pickled_code(source: Path) -> None:
 DAMAGES = {
     "a tensor missing": (with_tensors(ln_f__bias=None), r"missing \(1\): ln_f\.bias"),
     "one too many": (with_tensors(h__1__norm__bias=torch.ones(2)), r"belong nowhere \(1\): h\.1\.norm\.bias"),
-    "a wrong shape": (with_tensors(ln_f__bias=torch.ones(3)), rf"{SHARD_OF}ln_f\.bias' has shape \[3\], expected \[24\]"),
+    "a wrong shape": (
+        with_tensors(ln_f__bias=torch.ones(3)),
+        rf"{SHARD_OF}ln_f\.bias' has shape \[3\], expected \[24\]",
+    ),
     "another dtype": (with_tensors(ln_f__bias=torch.ones(24).double()), rf"{SHARD_OF}ln_f\.bias' is F64"),
     "whole numbers": (with_tensors(ln_f__bias=torch.ones(24, dtype=torch.int8)), rf"{SHARD_OF}ln_f\.bias' is I8"),
     "a head of whole numbers": (with_tensors(lm_head__weight=torch.ones(264, 24).int()), "lm_head.weight' is I32"),
@@ -295,7 +297,10 @@ DAMAGES = {
     "a file that is not there": (with_index(lambda m: {**m, "ln_f.bias": "model-9.safetensors"}), r"model-9\.safeten"),
     "a file outside": (with_index(lambda m: {**m, "ln_f.bias": "../model.safetensors"}), r"\.\./model\.safetensors"),
     "a header of absurd length": (announced(1 << 60), rf"{SHARD}: .*1,152,921,504,606,846,976 bytes"),
-    "a truncated file": (lambda source: os.truncate(source / SHARD, (source / SHARD).stat().st_size - 100), rf"{SHARD}: tensor '.*' .*truncated"),
+    "a truncated file": (
+        lambda source: os.truncate(source / SHARD, (source / SHARD).stat().st_size - 100),
+        rf"{SHARD}: tensor '.*' .*truncated",
+    ),
     "a link out": (linked_out, rf"{SHARD}"),
     "code in a pickle": (pickled_code, r"pytorch_model\.bin.*Path\.touch|pytorch_model\.bin.*getattr"),
     "no config": (lambda source: (source / "config.json").unlink(), r"'config\.json' is missing"),

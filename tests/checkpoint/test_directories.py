@@ -32,9 +32,13 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseExceptio
     target = tmp_path / "target"
     if there:
         model(target)
-    with pytest.raises(error), new_directory(target) as partial:
+
+    def fail(partial: Path) -> None:
         (partial / "weights").touch()
         raise error
+
+    with pytest.raises(error), new_directory(target) as partial:
+        fail(partial)
     assert os.listdir(tmp_path) == ["target"] * there
     assert not there or os.listdir(target) == ["config.json"]
 

@@ -359,7 +359,7 @@ def test_a_store_that_cannot_be_written(tmp_path):
 
 
 def test_the_newest_checkpoint_that_can_be_read(tmp_path, caplog):
-    with pytest.raises(InputError, match="no checkpoint that can be read$"):
+    with pytest.raises(InputError, match=r"no checkpoint that can be read$"):
         newest_checkpoint(tmp_path)
     with TrainingCheckpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2, 10):
