@@ -300,7 +300,10 @@ class EvaluationConfig(_Section):
     every_steps: _Count | None = Field(
         default=None, description="steps between evaluations; null = before and after only"
     )
-    batch_size: _Count = Field(default=128, description="texts embedded at once")
+    batch_size: _Count = Field(
+        default=128,
+        description="pairs in a batch of the dev loss, in which each query meets the documents of its batch",
+    )
     bm25: bool = Field(default=True, description="report BM25 on the same pairs beside it")
     searches: list[_Text] = Field(default=[], description="queries whose best hits are printed at the end")
 

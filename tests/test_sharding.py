@@ -167,7 +167,10 @@ def test_chips_together_hold_what_one_alone_has(model: Bloom, sizes: tuple[int, 
         check_vma=check_vma,
     )
     def together(parameters, ids, rows, targets):
-        vary = lambda x, have: jax.lax.pcast(x, tuple(a for a in BATCH_AXES if a not in have), to="varying")  # noqa: E731
+
+        def vary(x, have):
+            return jax.lax.pcast(x, tuple(a for a in BATCH_AXES if a not in have), to="varying")
+
         kernel, bias, lookup, everyone = targets
         targets = vary(kernel, ()), vary(bias, ()), lookup, vary(everyone, ())
         parameters = {

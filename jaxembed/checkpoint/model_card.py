@@ -42,15 +42,16 @@ def model_card(
         name: the title, and the path or id that the code examples load.
         dim: width of the embeddings.
         description: a paragraph of the author's.
-        base_model: id or path of the model that was trained on; None when it was trained from scratch.
+        base_model: id or path of the model that was trained on; None when there was none, or none is known.
         license: the hub's name of a licence.
         training_data: a row a data set; its keys head the table (`name`, `pairs`, `dropped`).
-        config: the run's resolved configuration.
+        config: the run's resolved configuration; None for a model that was saved or converted only.
         results: a row a measurement; its keys head the table (`data`, `metric`, `before`, `after`, `BM25`).
         versions: what it was made with, by package.
         weights_hash: SHA-256 of the weights, whatever the files that hold them.
     """
-    parts = [_front_matter(base_model, license), f"# {name}", _introduction(text_format, dim, description, base_model)]
+    introduction = _introduction(text_format, dim, description, base_model, trained=config is not None)
+    parts = [_front_matter(base_model, license), f"# {name}", introduction]
     parts += ["## Text format", _text_format(text_format), "## Use", _usage(name, text_format)]
     if results:
         parts += ["## Results", _table(results)]
@@ -83,11 +84,15 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _introduction(text_format: TextFormat, dim: int, description: str, base_model: str | None) -> str:
-    origin = f"finetuned from `{base_model}`" if base_model else "trained from scratch"
+def _introduction(text_format: TextFormat, dim: int, description: str, base_model: str | None, trained: bool) -> str:
+    origin = "written by jaxembed"
+    if base_model:
+        origin = f"made with jaxembed, finetuned from `{base_model}`"
+    elif trained:
+        origin = "made with jaxembed, trained from scratch"
     length = "of unit length" if text_format.normalize else "not normalised"
     facts = (
-        f"A text embedder made with jaxembed, {origin}. An embedding is the hidden state of the last token, "
+        f"A text embedder {origin}. An embedding is the hidden state of the last token, "
         f"{dim} numbers, {length}; compare them by cosine similarity. Texts are cut at "
         f"{text_format.max_length} tokens."
     )

@@ -152,12 +152,17 @@ class TrainingCheckpoints:
         except Exception as error:
             raise self._failure(step, error) from error
         self._unreadable.discard(step)
-        if jax.process_index() == 0:
-            for old in self._readable_steps()[: -self.keep]:
-                path = self.directory / str(old)
-                # Without its marker a half-deleted directory is no checkpoint, whenever this is interrupted.
-                (path / COMMIT_MARKER).unlink(missing_ok=True)
-                path.rmtree(missing_ok=True)
+        for old in self._readable_steps()[: -self.keep]:
+            self._delete(old)
+
+    def discard(self, step: int) -> bool:
+        """Deletes the checkpoint of a step, unless there is no other; whether it did."""
+        self.wait()
+        steps = self.steps()
+        if step not in steps or len(steps) == 1:
+            return False
+        self._delete(step)
+        return True
 
     def restore_latest(
         self, like: Any, check: Callable[[dict[str, Any]], None] | None = None
@@ -205,6 +210,13 @@ class TrainingCheckpoints:
 
     def _readable_steps(self) -> list[int]:
         return [step for step in self.steps() if step not in self._unreadable]
+
+    def _delete(self, step: int) -> None:
+        if jax.process_index() == 0:
+            path = self.directory / str(step)
+            # Without its marker a half-deleted directory is no checkpoint, whenever this is interrupted.
+            (path / COMMIT_MARKER).unlink(missing_ok=True)
+            path.rmtree(missing_ok=True)
 
     def _skip(self, step: int, error: Exception) -> str:
         self._unreadable.add(step)

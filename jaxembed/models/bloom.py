@@ -193,8 +193,8 @@ class Bloom(nnx.Module):
         if layer_keys:
             stacked = jax.vmap(lambda k: Layer(k, config))(jnp.stack(layer_keys))
             graph, state = nnx.split(stacked)
-            name_layer_axis = lambda _, v: v.replace(v[...], axes=("layer", *v.axes))  # noqa: E731
-            self.layers = nnx.merge(graph, nnx.map_state(name_layer_axis, state))
+            named = nnx.map_state(lambda _, v: v.replace(v[...], axes=("layer", *v.axes)), state)
+            self.layers = nnx.merge(graph, named)
         self.last_layer = Layer(last_key, config)
         self.final_norm = LayerNorm(config)
         self.config = config

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxembed.checkpoint.export import refuse_existing
 from jaxembed.checkpoint.huggingface import weights_hash
-from jaxembed.checkpoint.orbax import COMMIT_MARKER, TrainingCheckpoints
+from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.checkpoint.pretrained import Decoder
 from jaxembed.config import TrainConfig
 from jaxembed.data.loader import Batches, iterate
@@ -322,23 +322,12 @@ def _stop_if_not_finite(
     inside = [ids[example] for example in batches.schedule.batch(done - 1)]
     found = f"loss {loss}, gradient norm {norm}, weights' norm {weights} after the update"
     taken_back = ""
-    if not (math.isfinite(loss) and math.isfinite(norm)) and _take_back(checkpoints, done - 1):
+    if not (math.isfinite(loss) and math.isfinite(norm)) and checkpoints.discard(done - 1):
         taken_back = f" The checkpoint of step {done - 1}, which led there, is deleted."
     raise TrainingError(
         f"step {done}: {found}; stopped, nothing of this step was saved.{taken_back} "
         f"A lower optimizer.learning_rate or float32 may help. The batch: {', '.join(inside)}"
     )
-
-
-def _take_back(checkpoints: TrainingCheckpoints, step: int) -> bool:
-    """Deletes the checkpoint of a step, unless there is no other; whether it did."""
-    checkpoints.wait()
-    if step not in (steps := checkpoints.steps()) or len(steps) == 1:
-        return False
-    path = checkpoints.directory / str(step)
-    (path / COMMIT_MARKER).unlink()
-    path.rmtree()
-    return True
 
 
 def _merged(state: TrainState, frozen: nnx.State) -> nnx.State:

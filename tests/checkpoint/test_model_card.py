@@ -100,8 +100,11 @@ def test_rows_of_different_columns_share_a_table():
 
 def test_what_it_says_of_the_embedding():
     card = card_of(dim=77, text_format=TextFormat(Role("q: "), Role("d: "), 123, normalize=False))
-    for said in ("trained from scratch", "77 numbers", "not normalised", "cut at 123 tokens"):
+    assert "finetuned" not in card
+    assert "trained from scratch" not in card  # which nobody said
+    for said in ("77 numbers", "not normalised", "cut at 123 tokens"):
         assert said in card
+    assert "trained from scratch" in card_of(config={"seed": 0})
     card = card_of(base_model="bigscience/bloom-560m")
     for said in ("finetuned from `bigscience/bloom-560m`", "of unit length"):
         assert said in card

@@ -115,6 +115,20 @@ def test_keeps_the_newest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "30"]
 
 
+def test_a_step_can_be_taken_back_unless_it_is_the_last_one_left(tmp_path):
+    with TrainingCheckpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), INFO)
+        assert not checkpoints.discard(3)
+        assert checkpoints.discard(2)
+        assert checkpoints.steps() == [1]
+        assert not checkpoints.discard(1)
+        restored = checkpoints.restore_latest(like(make_state()))
+    assert restored is not None
+    assert_identical(restored[1], make_state(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_the_check_sees_the_record_and_its_error_comes_out(tmp_path):
     state = make_state()
 

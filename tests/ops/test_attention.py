@@ -98,6 +98,9 @@ def test_softmax_is_float32_and_the_result_has_the_dtype_of_the_values() -> None
 def test_padding_gives_numbers() -> None:
     """Nobody reads them, but a NaN would spread through the gradient."""
     q, k, v, _ = random_inputs(9, [[], []])
-    loss = lambda q: fast(q, k, v, np.zeros((ROWS, 9), np.int32), alibi_slopes(HEADS)).sum()  # noqa: E731
+
+    def loss(q):
+        return fast(q, k, v, np.zeros((ROWS, 9), np.int32), alibi_slopes(HEADS)).sum()
+
     assert np.isfinite(loss(q))
     assert np.isfinite(jax.grad(loss)(q)).all()

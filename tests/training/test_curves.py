@@ -38,10 +38,16 @@ def make_examples(count=120):
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(letters, random.integers(2, 6))) for _ in range(150)]
-    text = lambda low, high: random.choice(words, random.integers(low, high)).tolist()  # noqa: E731
+
+    def text(low, high):
+        return random.choice(words, random.integers(low, high)).tolist()
+
     documents = [text(4, 14) for _ in range(count)]
     queries = [[*random.choice(document, 3), *text(1, 4)] for document in documents]
-    join = lambda rows: [" ".join(row) for row in rows]  # noqa: E731
+
+    def join(rows):
+        return [" ".join(row) for row in rows]
+
     negatives = [(negative,) for negative in join(text(4, 12) for _ in range(count))]
     return Examples("words", join(queries), join(documents), negatives, [str(i) for i in range(count)], {}, "words")
 

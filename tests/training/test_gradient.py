@@ -173,9 +173,15 @@ def train(trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options:
     # Epsilon above the rounding of the smallest gradients, which Adam would turn into whole steps.
     adamw = optax.adamw(1e-3, eps=1e-6, weight_decay=0.1, mask=decays)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), adamw)
-    place = lambda state: jax.device_put(state, named_shardings(partition_specs(state), mesh))  # noqa: E731
+
+    def place(state):
+        return jax.device_put(state, named_shardings(partition_specs(state), mesh))
+
     train, frozen = place(jax.tree.map(jnp.copy, train)), place(frozen)
-    arrays = lambda state: {path: np.asarray(v[...]) for path, v in flat(state)}  # noqa: E731
+
+    def arrays(state):
+        return {path: np.asarray(v[...]) for path, v in flat(state)}
+
     before = arrays(train)
     state = initial_state(optimizer, train, mesh)
     step: Any = make_step(graph, train, frozen, optimizer, options, QUERIES, mesh, check_vma)

@@ -116,7 +116,10 @@ def test_bfloat16_embeddings_make_float32_losses() -> None:
 
 def test_no_matrix_of_all_queries_and_candidates_exists() -> None:
     queries, candidates, tile = 512, 2048, 128
-    shape = lambda n, dtype, *more: jax.ShapeDtypeStruct((n, *more), dtype)  # noqa: E731
+
+    def shape(n, dtype, *more):
+        return jax.ShapeDtypeStruct((n, *more), dtype)
+
     function = jax.grad(lambda q, c, *x: info_nce(q, c, *x, temperature=0.05, tile=tile).sum(), argnums=(0, 1))
     arguments = shape(queries, jnp.float32, 16), shape(candidates, jnp.float32, 16)
     lowered = jax.jit(function).lower(*arguments, shape(queries, jnp.int32), shape(candidates, jnp.bool_))
