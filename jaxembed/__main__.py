@@ -18,6 +18,9 @@ from jaxembed.errors import InputError
 COMMANDS = {
     "train": "train an embedder as a config file says",
     "convert": "convert a model between Hugging Face, sentence-transformers and Orbax directories",
+    "prepare": "build the data sets and the token cache that a config needs",
+    "mine": "mine hard negatives for pairs with a model",
+    "merge": "merge models: weighted average, or slerp of two",
 }
 
 

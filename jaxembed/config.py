@@ -40,6 +40,17 @@ _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Float = Literal["float32", "bfloat16"]
 _Recompute = Literal["none", "dots", "full"]
+_RowFormat = Literal[
+    "sentence-transformers",
+    "graded",
+    "tevatron",
+    "tevatron-ids",
+    "flagembedding",
+    "gritlm",
+    "ms-swift",
+    "labelled",
+    "nli",
+]
 
 
 class _Section(BaseModel):
@@ -82,6 +93,11 @@ class ModelConfig(_Section):
         default="auto",
         description="type of the arithmetic; auto = bfloat16 on TPU and on GPU of compute capability 8.0 on, "
         "float32 elsewhere",
+    )
+    attention: Literal["causal", "bidirectional"] | None = Field(
+        default=None,
+        description="what a token attends to: those before it, or its whole text; saved with the model; null = as its "
+        "config.json says, causal from scratch",
     )
     layer_checkpoint: _Recompute = Field(
         default="none",
@@ -137,32 +153,164 @@ class TextFormatConfig(_Section):
     query: RoleConfig = Field(default=RoleConfig(prefix="query: "), description="queries")
     document: RoleConfig = Field(default=RoleConfig(prefix="document: "), description="documents")
     max_length: _Count = Field(default=512, description="longest sequence, in tokens, prefix and end token included")
-    pooling: Literal["last"] = Field(default="last", description="hidden state that becomes the embedding")
+    pooling: Literal["last", "mean", "weighted_mean", "first"] = Field(
+        default="last",
+        description="hidden states that become the embedding: of the last token, the mean of all, the mean weighted by "
+        "place (SGPT), of the first token (bidirectional attention only)",
+    )
+    include_prompt: bool = Field(
+        default=True, description="whether prefix and instruction count in means; false does not go with suffixes"
+    )
     normalize: bool = Field(default=True, description="scale embeddings to unit length")
     literal_markers: Literal["token", "text"] = Field(
         default="token", description="what a marker written out in a user's text becomes"
     )
 
 
-class JsonlSource(_Section):
-    """Pairs from a .jsonl or .jsonl.gz file."""
+class SetLossConfig(_Section):
+    """The loss of one source."""
 
-    kind: Literal["jsonl"] = Field(description="JSON lines, gzipped or not")
+    kind: Literal["info_nce", "cosent", "kl", "margin_mse"] | None = Field(
+        default=None,
+        description="InfoNCE; CoSENT, for graded pairs; KL or MarginMSE to a teacher's scores of positive and hard "
+        "negatives; null = CoSENT for graded pairs, else InfoNCE",
+    )
+    weight: _Positive = Field(default=1.0, description="multiplies the loss of each example")
+    temperature: _Positive | None = Field(
+        default=None,
+        description="divides the cosine similarities; null = loss.temperature for InfoNCE, 0.05 for CoSENT, 1 for KL, "
+        "whose loss is multiplied by its square",
+    )
+    teacher_temperature: _Positive | None = Field(
+        default=None, description="divides the teacher's scores in KL and MarginMSE; null = 1"
+    )
+    info_nce_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="InfoNCE, at loss.temperature, added to another kind, times this"
+    )
+    hard_negatives: bool | None = Field(default=None, description="as in loss; null = as there")
+    query_query: bool | None = Field(default=None, description="as in loss; null = as there")
+    document_document: bool | None = Field(default=None, description="as in loss; null = as there")
+    document_query: Literal["none", "joint", "symmetric"] | None = Field(
+        default=None, description="as in loss; null = as there"
+    )
+    mask_margin: Annotated[float, Field(ge=0)] | None = Field(default=None, description="as in loss; null = as there")
+    focal_gamma: Annotated[float, Field(ge=0)] | None = Field(default=None, description="as in loss; null = as there")
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> SetLossConfig:
+        other = self.kind not in (None, "info_nce")
+        if self.info_nce_weight and not other:
+            raise ValueError("info_nce_weight goes beside another kind than info_nce; use weight")
+        if self.teacher_temperature is not None and self.kind not in ("kl", "margin_mse"):
+            raise ValueError("teacher_temperature is for kind: kl and kind: margin_mse")
+        if self.temperature is not None and self.kind == "margin_mse":
+            raise ValueError("kind: margin_mse has no temperature; scale the teacher's scores by teacher_temperature")
+        terms = ("hard_negatives", "query_query", "document_document", "document_query", "mask_margin", "focal_gamma")
+        given = [name for name in terms if getattr(self, name) is not None]
+        if other and given and not self.info_nce_weight:
+            raise ValueError(f"{', '.join(given)}: for InfoNCE only, found kind: {self.kind} without info_nce_weight")
+        return self
+
+
+class _SourceSection(_Section):
+    """What every source has, whatever its kind."""
+
     name: _Name = Field(description="name of the data set in logs and metrics: letters, digits, . _ -")
-    path: _FilePath = Field(description=".jsonl or .jsonl.gz file, from the current directory")
-    anchor: _Text = Field(default="anchor", description="key of the query")
-    positive: _Text = Field(default="positive", description="key of the document that answers it")
-    negatives: list[_Text] = Field(default=[], description="keys of the hard negatives")
     weight: _Positive | None = Field(
         default=None, description="share in the mix, relative to the others; null = its size"
     )
+    query_instruction: str | None = Field(
+        default=None, description="instruction of this source's queries; null = that of text_format"
+    )
+    document_instruction: str | None = Field(
+        default=None, description="instruction of this source's documents; null = that of text_format"
+    )
+    symmetric: bool | None = Field(
+        default=None,
+        description="documents play the part of queries too (similarity, paraphrases, NLI); null = for graded pairs",
+    )
+    hard_negatives: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="hard negatives a query of this source; null = training.negatives"
+    )
+    in_batch: bool = Field(
+        default=True, description="whether queries meet texts of other examples; false = their own hard negatives only"
+    )
+    loss: SetLossConfig | None = Field(default=None, description="loss of this source; null = as the section loss says")
+
+    @model_validator(mode="after")
+    def _terms_are_in_batch(self) -> _SourceSection:
+        if self.loss is not None and not self.in_batch:
+            on = [name for name in ("query_query", "document_document") if getattr(self.loss, name)]
+            on += ["document_query"] if self.loss.document_query not in (None, "none") else []
+            if on:
+                raise ValueError(f"in_batch: false leaves loss.{on[0]} no candidates; switch one of them off")
+        return self
 
 
-class PythonSource(_Section):
+class JsonlSource(_SourceSection):
+    """Pairs from a file of rows: named columns, or a format that is recognised by its keys."""
+
+    kind: Literal["jsonl"] = Field(description="file of rows: JSON lines, TSV, CSV or Parquet")
+    path: _FilePath = Field(
+        description=".jsonl, .tsv or .csv, each also with .gz, or .parquet; from the current directory"
+    )
+    format: _RowFormat | None = Field(
+        default=None, description="format of the rows; null = by the keys of the first one"
+    )
+    anchor: _Text | None = Field(
+        default=None, description="key of the query; null = by the format, anchor where another key is named"
+    )
+    positive: _Text | None = Field(
+        default=None,
+        description="key of the document that answers it; null = by the format, positive where another key is named",
+    )
+    negatives: list[_Text] = Field(default=[], description="keys of the hard negatives")
+    score: _Text | None = Field(default=None, description="key of the grade of graded pairs")
+    corpus: _FilePath | None = Field(
+        default=None, description="file, or BEIR folder, with the documents that rows name by id"
+    )
+    split: _Text | None = Field(default=None, description="rows taken, by their key split; null = all")
+    label_negatives: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="negatives drawn from other labels for each labelled text"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="seed of what is drawn for labelled texts and NLI rows"
+    )
+
+    @model_validator(mode="after")
+    def _columns_or_format(self) -> JsonlSource:
+        if self.named_columns and (self.format is not None or self.corpus is not None):
+            other = "format" if self.format is not None else "corpus"
+            raise ValueError(f"{other} does not go with anchor, positive, negatives or score; give one of the two")
+        return self
+
+    @property
+    def named_columns(self) -> bool:
+        """Whether columns are named, so that there is nothing to recognise."""
+        return bool(self.anchor or self.positive or self.negatives or self.score)
+
+
+class BeirSource(_SourceSection):
+    """Queries, documents and judgements by id, in a folder; documents stay on the disk."""
+
+    kind: Literal["beir"] = Field(description="folder with corpus, queries and judgements by id")
+    path: _FilePath = Field(description="folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, plain or .gz")
+    split: _Text = Field(default="train", description="which judgements")
+    corpus: _FilePath | None = Field(default=None, description="the corpus; null = found in the folder")
+    queries: _FilePath | None = Field(default=None, description="the queries; null = found in the folder")
+    qrels: _FilePath | None = Field(default=None, description="the judgements; null = found in the folder")
+    mined: _FilePath | None = Field(
+        default=None, description="mined negatives by id, .jsonl or .tsv; null = no hard negatives"
+    )
+    mined_negatives: _Count = Field(
+        default=16, description="negatives a query that are taken from it, of several systems the first ones in turn"
+    )
+
+
+class PythonSource(_SourceSection):
     """Pairs (docstring, function without its docstring) harvested from Python source files."""
 
     kind: Literal["python"] = Field(description="docstring and function pairs from Python code")
-    name: _Name = Field(description="name of the data set in logs and metrics: letters, digits, . _ -")
     path: _FilePath | None = Field(
         default="stdlib",
         description="folder to harvest; stdlib = this Python's standard library; null = packages only",
@@ -174,9 +322,6 @@ class PythonSource(_Section):
     part: Literal["train", "held_out", "all"] = Field(
         default="train", description="which of the modules this source yields"
     )
-    weight: _Positive | None = Field(
-        default=None, description="share in the mix, relative to the others; null = its size"
-    )
 
     @model_validator(mode="after")
     def _something_to_harvest(self) -> PythonSource:
@@ -187,7 +332,25 @@ class PythonSource(_Section):
         return self
 
 
-Source = Annotated[JsonlSource | PythonSource, Field(discriminator="kind")]
+class TfdsSource(_SourceSection):
+    """A data set of the paper, prepared from its original files by `python -m jaxembed.prepare`."""
+
+    kind: Literal["tfds"] = Field(description="prepared TensorFlow data set; TensorFlow is not needed")
+    dataset: Literal["ms_marco", "all_nli"] = Field(
+        description="MS MARCO passages with hard negatives, or triples of SNLI and MultiNLI"
+    )
+    data_dir: _FilePath = Field(
+        default="~/tensorflow_datasets", description="where it is prepared, local or gs://, as tfds lays it out"
+    )
+    manual_dir: _FilePath | None = Field(
+        default=None,
+        description="directory with the original files, from which it is prepared where it is not; null = "
+        "downloaded by jaxembed.prepare, an error in training",
+    )
+    split: _Text = Field(default="train", description="examples taken, in tfds' notation such as train[:1000]")
+
+
+Source = Annotated[JsonlSource | BeirSource | PythonSource | TfdsSource, Field(discriminator="kind")]
 
 
 class DataConfig(_Section):
@@ -197,6 +360,14 @@ class DataConfig(_Section):
         description="sources trained on; N is a place in the list, from 0"
     )
     dev: list[Source] = Field(default=[], description="sources that the run is evaluated on; keys as in data.train")
+    batches: Literal["mixed", "homogeneous"] = Field(
+        default="mixed", description="pairs of all sources in every batch, or each batch from one source"
+    )
+    cap: _Count | None = Field(
+        default=None,
+        description="pairs by which a source without a weight counts in the mix, and that an epoch takes of it, at "
+        "most; null = all that it has",
+    )
     bad_rows: Literal["error", "skip"] = Field(default="error", description="what a row that cannot be read leads to")
     cache_dir: _FilePath | None = Field(
         default=None, description="local directory of the token cache; null = ~/.cache/jaxembed/tokens"
@@ -212,13 +383,44 @@ class DataConfig(_Section):
         return self
 
 
+class LoraConfig(_Section):
+    """Low-rank adapters (LoRA), float32, beside the matrices of every layer; merged into them on export."""
+
+    rank: _Count = Field(default=16, description="rank of an adapter")
+    alpha: _Positive = Field(default=32.0, description="what the adapters add is multiplied by alpha / rank")
+    targets: Annotated[list[Literal["qkv", "out", "up", "down"]], Field(min_length=1)] = Field(
+        default=["qkv", "out", "up", "down"],
+        description="matrices with an adapter: queries, keys and values; attention's output; the MLP's two",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_are_unique(cls, targets: list[str]) -> list[str]:
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"expected each target once, found {', '.join(targets)}")
+        return targets
+
+
 class TrainingConfig(_Section):
     """How long and on what: exactly one of `epochs` and `steps`."""
 
     batch_size: _Count = Field(default=64, description="pairs a step, over all devices")
     epochs: _Positive | None = Field(default=None, description="passes over the training pairs")
     steps: _Count | None = Field(default=None, description="optimiser steps")
-    trainable: Literal["full", "bitfit"] = Field(default="full", description="all parameters, or the biases only")
+    trainable: Literal["full", "bitfit", "lora", "last_layers", "rows"] = Field(
+        default="full",
+        description="all parameters, the biases, low-rank adapters of the matrices, the last layers, train_tokens only",
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="the adapters of trainable: lora; null = those of its defaults"
+    )
+    last_layers: _Count | None = Field(
+        default=None, description="layers that train, from the last one down, of trainable: last_layers"
+    )
+    train_tokens: list[_Text] = Field(
+        default=[],
+        description="tokens whose rows of the vocabulary table train, as the tokenizer has them; with all but full",
+    )
     row_length: _Count | None = Field(
         default=None, description="tokens in a packed row; null = chosen from the lengths"
     )
@@ -240,12 +442,113 @@ class TrainingConfig(_Section):
             raise ValueError(f"give exactly one of training.epochs and training.steps, found {found}")
         return self
 
+    @model_validator(mode="after")
+    def _what_trains(self) -> TrainingConfig:
+        if self.lora is not None and self.trainable != "lora":
+            raise ValueError(f"training.lora is for trainable: lora, found trainable: {self.trainable}")
+        if self.last_layers is not None and self.trainable != "last_layers":
+            raise ValueError(f"training.last_layers is for trainable: last_layers, found trainable: {self.trainable}")
+        if self.last_layers is None and self.trainable == "last_layers":
+            raise ValueError("trainable: last_layers needs training.last_layers, the number of layers")
+        if self.trainable == "rows" and not self.train_tokens:
+            raise ValueError("trainable: rows needs training.train_tokens")
+        if self.trainable == "full" and self.train_tokens:
+            raise ValueError("training.train_tokens: with trainable: full all rows train; leave it out")
+        return self
+
 
 class LossConfig(_Section):
-    """InfoNCE over every candidate of the global batch."""
+    """InfoNCE over the candidates of the global batch, and what goes with it; sources may have `loss` of their own."""
 
-    temperature: _Positive = Field(default=0.05, description="divides the cosine similarities")
+    temperature: _Positive = Field(default=0.05, description="divides the cosine similarities of InfoNCE")
+    learn_temperature: bool = Field(
+        default=False, description="train the logarithm of the temperature too, from that value on"
+    )
+    least_temperature: _Positive = Field(default=0.01, description="a learned temperature does not fall below")
+    hard_negatives: bool = Field(default=True, description="hard negatives, of the query and of others in its batch")
+    query_query: bool = Field(default=False, description="queries of the batch among the candidates, as negatives")
+    document_document: bool = Field(
+        default=False, description="cosines of the positive with the other documents of the batch among the logits"
+    )
+    document_query: Literal["none", "joint", "symmetric"] = Field(
+        default="none",
+        description="cosines of the positive with the queries of the batch: not used, more logits of the same softmax, "
+        "or a second direction whose loss is averaged with the first",
+    )
+    mask_duplicates: bool = Field(
+        default=True, description="no negative has the text of the positive, or of the query itself"
+    )
+    mask_known: bool = Field(
+        default=True, description="no negative is a positive of the same query elsewhere in the training data"
+    )
+    mask_margin: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="negatives whose cosine is more than this above the positive's are left out "
+        "(Qwen3-Embedding: 0.1); null = none",
+    )
+    focal_gamma: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="power of (1 - p) by which each loss is weighted, p the positive's share; 0 = none"
+    )
+    spread_out: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="weight of the mean squared cosine of unrelated texts, above 1 / dim (EmbeddingGemma); 0 = none",
+    )
+    spread_out_mean: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="weight of the squared mean cosine of unrelated texts (GOR); 0 = none"
+    )
+    matryoshka_dims: list[_Count] = Field(
+        default=[],
+        description="first dimensions of the embedding that are trained to serve alone, such as [1024, 512, 256, 128, "
+        "64]; [] = the whole embedding only",
+    )
+    matryoshka_weights: list[_Positive] | None = Field(
+        default=None, description="weight of the loss of each of matryoshka_dims; null = 1 each"
+    )
     tile: _Count | None = Field(default=None, description="candidates scored at once; null = chosen by the batch")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LossConfig:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if len(set(dims)) < len(dims):
+            raise ValueError(f"matryoshka_dims has a number twice: {dims}")
+        if weights is not None and len(weights) != len(dims):
+            raise ValueError(f"matryoshka_weights: expected one for each of the {len(dims)} dims, found {len(weights)}")
+        if self.learn_temperature and self.least_temperature > self.temperature:
+            raise ValueError(
+                f"least_temperature {self.least_temperature} is above temperature {self.temperature}, from which "
+                "learn_temperature starts"
+            )
+        return self
+
+
+class OptimizerGroup(_Section):
+    """Parameters with rates of their own."""
+
+    match: _Text = Field(
+        description="regular expression, found anywhere in a parameter's path such as layers/qkv/kernel; the first "
+        "group that matches takes it"
+    )
+    learning_rate: _Positive | None = Field(
+        default=None, description="highest learning rate of the group, under the same schedule; null = the common one"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="decay of all parameters of the group; null = the common one, on matrices only"
+    )
+
+    @field_validator("match")
+    @classmethod
+    def _match_compiles(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"expected a regular expression, found {match!r}: {error}") from None
+        return match
+
+    @model_validator(mode="after")
+    def _says_something(self) -> OptimizerGroup:
+        if self.learning_rate is None and self.weight_decay is None:
+            raise ValueError("give learning_rate or weight_decay, found neither")
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -270,6 +573,7 @@ class OptimizerConfig(_Section):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="share of all steps that warm up, where warmup_steps is null"
     )
+    groups: list[OptimizerGroup] = Field(default=[], description="parameters with rates of their own")
 
 
 class MeshConfig(_Section):

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = find_directory(arguments.source, revision=arguments.revision)
     refuse_target(target, path, arguments.overwrite)
     source = open_run(path) if is_run(path) else open_source(path)
-    usual: dict[str, Container] = {"Hugging Face": "orbax", "Orbax": "hf", "training run": "sentence-transformers"}
+    export: Container = "sentence-transformers"
+    usual: dict[str, Container] = {"Hugging Face": "orbax", "Orbax": "hf", "training run": export, "adapter": export}
     to = arguments.to or usual[source.kind]
     conversion = plan_conversion(source, to, None if arguments.dtype is None else jax.numpy.dtype(arguments.dtype))
     if arguments.dry_run:
@@ -75,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a Hugging Face, sentence-transformers or Orbax model directory, a hub id, or the directory of a training "
-        "run (its base with the trained part of the newest checkpoint)",
+        help="a Hugging Face, sentence-transformers or Orbax model directory, a hub id, an adapter that PEFT wrote "
+        "(merged into its base), or the directory of a training run (its base with the trained part of the newest "
+        "checkpoint)",
     )
     parser.add_argument("target", metavar="TARGET", help="the directory to write")
     parser.add_argument(
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=CONTAINERS,
         help="what to write: an Orbax model directory, a Hugging Face directory with the source's own names and small "
         "files, or an export for sentence-transformers, transformers and vLLM (default: orbax for a Hugging Face "
-        "directory, hf for an Orbax one, sentence-transformers for a training run)",
+        "directory, hf for an Orbax one, sentence-transformers for a training run or an adapter)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each keeps its own)")
     parser.add_argument(

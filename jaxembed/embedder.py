@@ -23,10 +23,12 @@ from jaxembed.checkpoint.export import Verification, exported_config, verify_exp
 from jaxembed.checkpoint.hub import check_push, find_directory, push_directory
 from jaxembed.checkpoint.huggingface import iter_huggingface, read_config, weights_hash
 from jaxembed.checkpoint.model_card import model_card
+from jaxembed.checkpoint.peft import base_directory, tokenizer_directory
 from jaxembed.checkpoint.pretrained import Decoder, load_decoder
 from jaxembed.checkpoint.safetensors import write_safetensors
 from jaxembed.errors import InputError
 from jaxembed.models import family_of
+from jaxembed.models.pooled import check_pooling, pooled_states
 from jaxembed.quantization import Precision, quantize_embeddings
 from jaxembed.sharding import compute_dtype
 from jaxembed.text.format import RoleName, TextFormat
@@ -57,7 +59,8 @@ class Embedder:
             dtype: of the computation: "float32", "bfloat16", or "auto" for what suits the device.
 
         Raises:
-            InputError: the tokenizer knows more tokens than the decoder, or another dtype.
+            InputError: the tokenizer knows more tokens than the decoder, a pooling that does not suit its attention, or
+                another dtype.
         """
         dtype = _check_dtype(dtype)
         if tokenizer.vocab_size > decoder.config.vocab_size:
@@ -65,6 +68,8 @@ class Embedder:
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, the decoder's vocabulary table only "
                 f"{decoder.config.vocab_size:,} rows: they do not belong together"
             )
+        pooling = tokenizer.text_format.pooling
+        check_pooling(pooling, decoder.config.causal)
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.dtype = compute_dtype(dtype)
@@ -72,8 +77,11 @@ class Embedder:
         self._hash = decoder.weights_hash
         graph, self._state = nnx.split(decoder.model)
 
-        def embed(state: nnx.State, tokens: Array, segments: Array, last: Array) -> Float[Array, "rows slots dim"]:
-            return nnx.merge(graph, state).states(tokens, segments, last, dtype=self.dtype)
+        def embed(
+            state: nnx.State, tokens: Array, segments: Array, first: Array, last: Array
+        ) -> Float[Array, "rows slots dim"]:
+            model = nnx.merge(graph, state)
+            return pooled_states(model, tokens, segments, first, last, pooling, dtype=self.dtype)
 
         self._embed = jax.jit(embed)
 
@@ -91,6 +99,8 @@ class Embedder:
     ) -> "Embedder":
         """Loads a Hugging Face or sentence-transformers directory, or a hub id.
 
+        An adapter as PEFT writes it (LoRA) is merged into the base model that it names.
+
         Args:
             text_format: instead of the one saved with the model; a `TextFormat`, or its keys as in a config.
             dtype: of the computation; parameters are bfloat16 where it is, else float32.
@@ -101,15 +111,16 @@ class Embedder:
             InputError: the model is not there, damaged, not supported, or has no text format and none is given.
         """
         dtype = _check_dtype(dtype)
-        directory = find_directory(
-            model_name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+        find = functools.partial(find_directory, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        directory = find(model_name_or_path, revision=revision)
+        base = base_directory(directory, find)
         # Another architecture is the first thing to say.
-        family_of(read_config(directory), str(directory / "config.json"))
+        family_of(read_config(base), str(base / "config.json"))
         if text_format is not None and not isinstance(text_format, TextFormat):
             text_format = TextFormat.from_dict(text_format, "text_format")
-        tokenizer = TextTokenizer.from_directory(directory, text_format)
-        decoder = load_decoder(directory, dtype=compute_dtype(dtype), progress=logger.isEnabledFor(logging.INFO))
+        tokenizer = TextTokenizer.from_directory(tokenizer_directory(directory, base), text_format)
+        progress = logger.isEnabledFor(logging.INFO)
+        decoder = load_decoder(directory, dtype=compute_dtype(dtype), progress=progress, base=base)
         return cls(decoder, tokenizer, dtype=dtype)
 
     @property
@@ -268,8 +279,7 @@ class Embedder:
             tokenizer=self.tokenizer,
             tokenizer_class=decoder.family.tokenizer_class,
             write_weights=write_weights,
-            model_card=card
-            or model_card(name=path.name, text_format=self.text_format, dim=self.dim, weights_hash=self._held_hash()),
+            model_card=card or self._card(path.name),
             overwrite=overwrite,
         )
         if not verify:
@@ -309,8 +319,7 @@ class Embedder:
         check_push(repo_id, token=token, revision=revision, create_pr=create_pr)
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch) / "model"
-            short = model_card(name=repo_id, text_format=self.text_format, dim=self.dim, weights_hash=self._held_hash())
-            self.save_pretrained(directory, card=card or short)
+            self.save_pretrained(directory, card=card or self._card(repo_id))
             return push_directory(
                 directory,
                 repo_id,
@@ -322,6 +331,15 @@ class Embedder:
                 revision=revision,
                 create_pr=create_pr,
             )
+
+    def _card(self, name: str) -> str:
+        return model_card(
+            name=name,
+            text_format=self.text_format,
+            dim=self.dim,
+            weights_hash=self._held_hash(),
+            causal=self.decoder.config.causal,
+        )
 
     def _held_hash(self) -> str:
         decoder = self.decoder
@@ -340,6 +358,7 @@ class Embedder:
         starts = [0, *range(_FIRST_WINDOW, len(texts), _WINDOW), len(texts)]
         windows = [range(a, b) for a, b in pairwise(starts) if a < b]
         waiting: deque[tuple[np.ndarray, Array]] = deque()
+        skipped = tokenizer.skipped(role)
 
         def finished() -> tuple[list[int], Float[np.ndarray, "some dim"]]:
             which, vectors = waiting.popleft()
@@ -359,9 +378,10 @@ class Embedder:
                         self.compiled_shapes.add(shape)
                         size, count = f"{shape.rows} × {shape.length}", len(self.compiled_shapes)
                         logger.info("compiling for rows of %s tokens, shape %d", size, count)
-                    rows = fill_rows(ids, members, shape, tokenizer.pad_id)
+                    rows = fill_rows(ids, members, shape, tokenizer.pad_id, [skipped] * len(ids))
                     which = np.where(rows.texts >= 0, rows.texts + window.start, -1)
-                    waiting.append((which, self._embed(self._state, rows.tokens, rows.segments, rows.last)))
+                    vectors = self._embed(self._state, rows.tokens, rows.segments, rows.first, rows.last)
+                    waiting.append((which, vectors))
                     if len(waiting) > _IN_FLIGHT:
                         yield finished()
             while waiting:

@@ -31,10 +31,13 @@ RULES: Mapping[str, str | None] = {
     "heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "rank": None,
+    "rows": None,
 }
 """From a parameter's logical axis to the mesh axis that splits it (None: whole on every chip).
 
-`embed` is the model dimension of matrices, `features` that of biases and norms, which are too small to split."""
+`embed` is the model dimension of matrices, `features` that of biases and norms, which are too small to split; `rank` is
+that of low-rank adapters, `rows` are those of the vocabulary table that train alone."""
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:

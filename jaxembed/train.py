@@ -17,13 +17,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs, returns the exit status: 0 also after SIGTERM, 1 for a run that failed."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxembed.train",
-        usage="%(prog)s CONFIG [--section.key value …]\n       %(prog)s --resume RUN_DIR [--section.key value …]",
+        usage="%(prog)s [--check] CONFIG [--section.key value …]\n"
+        "       %(prog)s --resume RUN_DIR [--section.key value …]",
         description="Train an embedder as a config file says.",
         epilog="options of the config file, each also on the command line:\n\n" + options_help(TrainConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its latest readable checkpoint")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read all data, show a sample of each source as the model will see it, count steps, and stop",
+    )
     arguments, overrides = parser.parse_known_args(argv)
     # CONFIG is no argument of the parser's: after --resume it would be the value of the first override.
     if arguments.resume is None and (not overrides or overrides[0].startswith("-")):
@@ -38,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(path, [*overrides, "--run_dir", arguments.resume])
     else:
         config = load_config(overrides[0], overrides[1:])
+
+    if arguments.check:
+        from jaxembed.training.check import check
+
+        print(check(config))
+        return 0
 
     from jaxembed.checkpoint.export import ExportError  # after the config is known to be good: JAX takes seconds
     from jaxembed.checkpoint.orbax import CheckpointError

@@ -1,9 +1,11 @@
 import json
 import os
+from typing import get_args
 
 import pytest
 
 from jaxembed.config import JsonlSource, PythonSource, TrainConfig, dump_config, json_schema, load_config, options_help
+from jaxembed.data.formats import FormatName
 from jaxembed.errors import InputError
 
 QUICKSTART = """
@@ -51,7 +53,7 @@ def test_a_recipe(load):
     assert isinstance(code, PythonSource)
     assert (code.path, code.packages, code.part) == ("stdlib", ["numpy"], "train")
     assert isinstance(rows, JsonlSource)
-    assert (rows.anchor, rows.negatives, rows.weight) == ("anchor", ["wrong"], 2.0)
+    assert (rows.anchor, rows.negatives, rows.weight) == (None, ["wrong"], 2.0)
     assert config.training.epochs == 3.0
     assert config.profile.window == (10, 13)
     assert config.export.verify == "off"
@@ -121,7 +123,10 @@ def test_what_is_dumped_is_read_back(load, tmp_path):
             ["--training.batch_size", "0"],
             "--training.batch_size: expected a number greater than or equal to 1",
         ),
-        (["--training.trainable", "lora"], "--training.trainable: expected 'full' or 'bitfit', found \"lora\""),
+        (
+            ["--training.trainable", "head"],
+            "--training.trainable: expected 'full', 'bitfit', 'lora', 'last_layers' or 'rows', found \"head\"",
+        ),
         (["--training.negatives", "-1"], "--training.negatives: expected a number greater than or equal to 0"),
         (["--loss.temperature", "0"], "--loss.temperature: expected a number greater than 0, found 0"),
         (["--loss.temperature", ".nan"], "--loss.temperature: expected a finite number, found NaN"),
@@ -193,3 +198,24 @@ def test_the_schema_for_editors_describes_the_same():
     temperature = loss["properties"]["temperature"]
     assert (temperature["type"], temperature["exclusiveMinimum"], temperature["default"]) == ("number", 0, 0.05)
     assert temperature["description"]
+
+
+ROWS = QUICKSTART.replace("data:\n  train:\n", "data:\n  train:\n    - {kind: jsonl, name: faq, path: r.tsv}\n", 1)
+
+
+def test_rows_have_a_format_or_named_columns(load):
+    assert "name: faq" in ROWS
+    rows = load(text=ROWS).data.train[0]
+    assert not rows.named_columns
+    for key in ("anchor", "positive", "score"):
+        assert load(f"--data.train.0.{key}", "x", text=ROWS).data.train[0].named_columns
+    assert load("--data.train.0.format", "nli", text=ROWS).data.train[0].format == "nli"
+    both = message(load, "--data.train.0.format", "nli", "--data.train.0.anchor", "x", text=ROWS)
+    assert "data.train.0: format does not go with anchor, positive, negatives or score" in both
+    unknown = message(load, "--data.train.0.format", "beir", text=ROWS)
+    assert "--data.train.0.format: expected 'sentence-transformers', 'graded'" in unknown
+
+
+def test_the_formats_are_those_that_can_be_read():
+    options = JsonlSource.model_fields["format"].annotation
+    assert set(get_args(get_args(options)[0])) == set(get_args(FormatName))

@@ -225,6 +225,13 @@ def test_what_is_dumped_is_read_back(tmp_path_factory, drawing):
     assert config_file.read_config(Drawing, file) == drawing
 
 
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029", "\n", "\r"])
+def test_line_ends_of_any_kind_are_read_back(tmp_path, end):
+    drawing = Drawing(title=f"a{end}b '\"{end}")
+    (tmp_path / "drawing.yaml").write_bytes(config_file.dump_config(drawing).encode())
+    assert config_file.read_config(Drawing, tmp_path / "drawing.yaml") == drawing
+
+
 def test_help_lists_every_option_with_type_default_and_meaning():
     text = config_file.options_help(Drawing)
     for line in (

@@ -25,10 +25,10 @@ from transformers import BloomForCausalLM, BloomModel
 import jaxembed
 from jaxembed import Embedder, InputError, Role, TextFormat
 from jaxembed.checkpoint.export import Verification, edge_texts
-from jaxembed.checkpoint.pretrained import Decoder
+from jaxembed.checkpoint.pretrained import Decoder, load_decoder
 from jaxembed.models import FAMILIES
 from jaxembed.models.bloom import BloomConfig
-from jaxembed.text.format import DEFAULT_TEXT_FORMAT, UDEVER, UDEVER_MARKERS
+from jaxembed.text.format import DEFAULT_TEXT_FORMAT, TEXT_FORMAT_FILE, UDEVER, UDEVER_MARKERS
 from jaxembed.text.packing import RowShape
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe, with_markers
 
@@ -41,7 +41,8 @@ FORMATS = {
     "instructions": TextFormat(Role("[BOQ]", "[EOQ]", "Find code: "), Role("[BOD]", "[EOD]"), 48, normalize=False),
 }
 WORDS = [line.strip() for line in Path(dataclasses.__file__).read_text().splitlines() if line.strip()]
-TOKENIZER = with_markers(train_byte_level_bpe(WORDS, 400), UDEVER_MARKERS)
+PLAIN = train_byte_level_bpe(WORDS, 400)
+TOKENIZER = with_markers(PLAIN, UDEVER_MARKERS)
 MIXED = [" ".join(WORDS[i : i + i % 7]) for i in range(24)]
 
 
@@ -128,6 +129,67 @@ def test_the_same_as_sentence_transformers(saved: Saved, call: str) -> None:
     one = CALLS[call](saved.model, texts[0])
     assert one.shape == CALLS[call](saved.reader, texts[0]).shape == found.shape[1:]
     close(one, found[0])
+
+
+POOLED = [
+    ("mean", True, "causal"),
+    ("mean", False, "causal"),
+    ("weighted_mean", True, "causal"),
+    ("weighted_mean", False, "causal"),
+    ("last", True, "bidirectional"),
+    ("mean", False, "bidirectional"),
+    ("first", True, "bidirectional"),
+    ("first", False, "bidirectional"),
+]
+
+
+@pytest.fixture(scope="module", params=POOLED, ids=lambda each: "-".join(map(str, each)))
+def pooled(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Saved in one of the other poolings, or with attention both ways."""
+    pooling, include_prompt, attention = request.param
+    directory = tmp_path_factory.mktemp("pooled") / "model"
+    instructed = Role("query: ", instruction="Find the code that does this. ")
+    text_format = dataclasses.replace(
+        FORMATS["prefixes"], query=instructed, pooling=pooling, include_prompt=include_prompt
+    )
+    decoder = load_decoder(source, attention=attention, progress=False)
+    found = Embedder(decoder, TextTokenizer(PLAIN, text_format)).save_pretrained(directory)
+    model = Embedder.from_pretrained(directory)
+    assert (model.text_format, model.decoder.config.causal) == (text_format, attention == "causal")
+    return Saved(directory, model, SentenceTransformer(str(directory), device="cpu"), found)
+
+
+@pytest.mark.parametrize("call", ["encode", "encode_document", "prompt", "empty prompt"])
+def test_poolings_are_those_of_sentence_transformers(pooled: Saved, call: str) -> None:
+    texts = [*edge_texts(pooled.model.text_format), *MIXED]
+    found = CALLS[call](pooled.model, texts)
+    close(found, CALLS[call](pooled.reader, texts))
+    close(CALLS[call](pooled.model, texts[0]), found[0])
+
+
+def test_pooled_exports_are_verified_and_read_back_from_their_files_alone(pooled: Saved, tmp_path: Path) -> None:
+    assert pooled.verification is not None
+    assert pooled.verification.difference < 1e-5
+    shutil.copytree(pooled.directory, tmp_path / "model")
+    (tmp_path / "model" / TEXT_FORMAT_FILE).unlink()
+    again = Embedder.from_pretrained(tmp_path / "model")
+    np.testing.assert_array_equal(again.encode_query(MIXED), pooled.model.encode_query(MIXED))
+    np.testing.assert_array_equal(again.encode_document(MIXED), pooled.model.encode_document(MIXED))
+
+
+def test_options_make_a_difference(source: Path) -> None:
+    """Else the equalities above were cheap."""
+    found = []
+    for pooling, include_prompt, attention in POOLED:
+        text_format = dataclasses.replace(FORMATS["prefixes"], pooling=pooling, include_prompt=include_prompt)
+        decoder = load_decoder(source, attention=attention, progress=False)
+        found.append(Embedder(decoder, TextTokenizer(TOKENIZER, text_format)).encode_query(MIXED[1:7], batch_size=2))
+    assert min(np.abs(found[a] - found[b]).max() for a in range(len(POOLED)) for b in range(a)) > 1e-3
+
+
+def test_the_first_token_of_a_causal_decoder_is_refused(source: Path) -> None:
+    with pytest.raises(InputError, match='"first" with causal attention'):
+        Embedder.from_pretrained(source, text_format=dataclasses.replace(FORMATS["prefixes"], pooling="first"))
 
 
 @pytest.mark.parametrize("dim", [None, 20])

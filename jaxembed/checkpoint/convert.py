@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 import jaxembed
 from jaxembed.checkpoint.buffers import Buffers
 from jaxembed.checkpoint.directories import new_directory, refuse_target
-from jaxembed.checkpoint.export import exported_config, write_description
+from jaxembed.checkpoint.export import exported_config, is_causal, write_description
 from jaxembed.checkpoint.huggingface import (
     WEIGHT_DTYPES,
     WeightsHash,
@@ -43,10 +43,13 @@ from jaxembed.checkpoint.model_directory import (
     stored_tensors,
 )
 from jaxembed.checkpoint.orbax import ArrayPath, write_store
+from jaxembed.checkpoint.parts import huggingface_shapes
+from jaxembed.checkpoint.peft import base_config, base_directory, is_adapter, read_adapter, tokenizer_directory
 from jaxembed.checkpoint.pretrained import abstract_decoder, flat_state
 from jaxembed.checkpoint.safetensors import StoredTensor, TensorSpec, file_inside, write_safetensors
 from jaxembed.errors import InputError
 from jaxembed.models import Family, family_of
+from jaxembed.models.pooled import check_pooling
 from jaxembed.models.weights import Plan, assignments, resolve
 from jaxembed.text.format import TextFormat, write_json
 from jaxembed.text.tokenizer import TextTokenizer
@@ -66,7 +69,7 @@ class Source:
     """Where a model comes from: its tensors under Hugging Face's names, and what describes it."""
 
     path: Path
-    kind: Literal["Hugging Face", "Orbax", "training run"]
+    kind: Literal["Hugging Face", "Orbax", "training run", "adapter"]
     family: Family
     config: Any
     """The family's config."""
@@ -79,7 +82,7 @@ class Source:
     weights_hash: str | None = None
     """`WeightsHash` of the decoder's tensors, where the source has it written down."""
     tokenizer: TextTokenizer | None = None
-    """Of a training run, which has no small files of a model; None: they are in `path`."""
+    """Of a training run or an adapter, which have no small files of a model; None: they are in `path`."""
     card: Callable[[str, str], str] | None = None
     """(the target's name, hash of its weights) → the model card of a training run."""
 
@@ -150,9 +153,13 @@ class Summary:
 def open_source(path: Path) -> Source:
     """A Hugging Face, sentence-transformers or Orbax model directory, all names, shapes and dtypes checked.
 
+    Or an adapter, whose tensors are those of its base with the adapter merged into them.
+
     Raises:
         InputError: something is missing, too many, damaged or of another architecture; names file and tensor.
     """
+    if is_adapter(path):
+        return _open_adapter(path)
     huggingface_config = read_config(path)
     where = str(path / "config.json")
     family = family_of(huggingface_config, where)
@@ -183,6 +190,39 @@ def open_source(path: Path) -> Source:
         return ((tensor.name, tensor.read(buffers)) for tensor in stored)
 
     return Source(path, kind, family, config, huggingface_config, plan, tensors, read, recorded)
+
+
+def _open_adapter(path: Path) -> Source:
+    directory = base_directory(path)
+    base = open_source(directory)
+    family, prefix = base.family, base.plan.prefix
+    own = flat_state(abstract_decoder(family, base.config)[1])
+    rules = family.weight_map(base.config)
+    adapter = read_adapter(path, rules, huggingface_shapes(rules, base.config.layers, own), family.prefixes)
+    tensors = {
+        name: TensorSpec(name, np.dtype(np.float32), spec.shape) if adapter.changes(name.removeprefix(prefix)) else spec
+        for name, spec in base.tensors.items()
+    }
+
+    def read(names: Sequence[str], buffers: Buffers) -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in base.read(names, buffers):
+            merged = adapter.merge(name.removeprefix(prefix), array)
+            if merged is not array:
+                buffers.give(array)
+            yield name, merged
+
+    huggingface_config = base_config(path, directory)
+    return replace(
+        base,
+        path=path,
+        kind="adapter",
+        config=family.config.from_huggingface(huggingface_config, str(path)),
+        huggingface_config=huggingface_config,
+        tensors=tensors,
+        read=read,
+        weights_hash=None,
+        tokenizer=TextTokenizer.from_directory(tokenizer_directory(path, directory)),
+    )
 
 
 def plan_conversion(source: Source, to: Container, dtype: np.dtype[Any] | None = None) -> Conversion:
@@ -225,6 +265,8 @@ def convert(
     tokenizer = source.tokenizer
     if to == "sentence-transformers" and tokenizer is None:
         tokenizer = TextTokenizer.from_directory(source.path, text_format)
+    if tokenizer is not None:
+        check_pooling(tokenizer.text_format.pooling, is_causal(source.huggingface_config))
     found, not_copied = WeightsHash(), []
     with new_directory(target) as partial:
         with (
@@ -364,6 +406,7 @@ def _card(source: Source, tokenizer: TextTokenizer, name: str, weights_hash: str
         text_format=tokenizer.text_format,
         dim=source.config.dim,
         description=f"Converted from `{source.path.name}`.",
+        causal=is_causal(source.huggingface_config),
         weights_hash=weights_hash,
     )
 

@@ -23,7 +23,16 @@ from jaxtyping import Float
 
 from jaxembed.checkpoint.directories import new_directory
 from jaxembed.errors import InputError
-from jaxembed.text.format import ROLES, TEXT_FORMAT_FILE, RoleName, TextFormat, read_text_format, write_json
+from jaxembed.text.format import (
+    DEFAULT_TEXT_FORMAT,
+    ROLES,
+    SENTENCE_TRANSFORMERS_POOLING,
+    TEXT_FORMAT_FILE,
+    RoleName,
+    TextFormat,
+    read_text_format,
+    write_json,
+)
 from jaxembed.text.tokenizer import TextTokenizer
 
 TOLERANCE = 1e-4
@@ -55,7 +64,10 @@ _WRITTEN = {
     TEXT_FORMAT_FILE,
 }
 _TOO_OLD = "this model needs sentence-transformers 5.7 or newer: older ones cut the end marker off long texts"
-_POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+_POOLING_KEYS = tuple(
+    f"pooling_mode_{mode}"
+    for mode in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+)
 
 
 class ExportError(RuntimeError):
@@ -107,6 +119,27 @@ def exported_config(huggingface_config: Mapping[str, Any], dtypes: Iterable[Any]
     return {**others, "torch_dtype": jnp.result_type(*dtypes).name}
 
 
+def is_causal(huggingface_config: Mapping[str, Any]) -> bool:
+    """Whether the decoder of a `config.json` attends backwards only."""
+    return bool(huggingface_config.get("is_causal", True))
+
+
+def oldest_readers(text_format: TextFormat, causal: bool = True) -> dict[str, str]:
+    """The oldest releases, by package, that read an export as it is meant.
+
+    sentence-transformers 5.7 puts a suffix back after truncation; 6.0 is the first to heed what is required of
+    transformers, whose BLOOM took no notice of `is_causal` in 4; the `first` token after a prompt is found by 6.2,
+    and 5 reads the first one of the row.
+    """
+    reader = "5.7" if text_format.has_suffixes else "5.1"
+    if not causal:
+        reader = "6.0"
+    if text_format.pooling == "first" and not text_format.include_prompt:
+        reader = "6.2"
+    # The release that was tried; some before it may do.
+    return {"sentence-transformers": reader, **({} if causal else {"transformers": "5.24"})}
+
+
 def write_description(
     directory: Path,
     huggingface_config: Mapping[str, Any],
@@ -117,8 +150,12 @@ def write_description(
     """Writes all files of a sentence-transformers directory but the weights."""
     write_json(directory / "config.json", dict(huggingface_config))
     tokenizer.save(directory)
+    causal = is_causal(huggingface_config)
+    if not causal:
+        # transformers 4, which would read the weights as a causal model's, cannot load this one.
+        tokenizer_class = "TokenizersBackend"
     write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, tokenizer_class))
-    _write_modules(directory, tokenizer.text_format, _width(huggingface_config))
+    _write_modules(directory, tokenizer.text_format, _width(huggingface_config), causal)
     (directory / "README.md").write_text(model_card, encoding="utf-8")
 
 
@@ -162,9 +199,13 @@ def verify_export(
     from sentence_transformers import SentenceTransformer
 
     reader = f"sentence-transformers {importlib.metadata.version('sentence-transformers')}"
-    model = SentenceTransformer(
-        str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
-    )
+    try:
+        model = SentenceTransformer(
+            str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
+        )
+    except ImportError as error:  # what the export requires is newer than what is installed
+        why = " ".join(str(error).split())
+        raise ExportError(f"{directory}: cannot be verified, {reader} refuses it here: {why}") from error
     text_format = read_text_format(directory)
     texts = edge_texts(text_format)
     for role in ROLES:
@@ -249,13 +290,14 @@ def _tokenizer_config(tokenizer: TextTokenizer, tokenizer_class: str) -> dict[st
         **({"additional_special_tokens": markers} if markers else {}),
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids otherwise
         "model_max_length": text_format.max_length,  # without it nothing is truncated
-        "padding_side": "left",
+        # Older sentence-transformers count places, and find the first token, from the beginning of the row.
+        "padding_side": "left" if text_format.pooling == "last" else "right",
         "truncation_side": "right",
         "clean_up_tokenization_spaces": False,
     }
 
 
-def _write_modules(directory: Path, text_format: TextFormat, width: int) -> None:
+def _write_modules(directory: Path, text_format: TextFormat, width: int, causal: bool) -> None:
     names = ["Transformer", "Pooling", *(["Normalize"] if text_format.normalize else [])]
     paths = ["" if index == 0 else f"{index}_{name}" for index, name in enumerate(names)]
     modules = [
@@ -265,11 +307,12 @@ def _write_modules(directory: Path, text_format: TextFormat, width: int) -> None
     write_json(directory / "modules.json", modules)
     for path in paths[1:]:
         (directory / path).mkdir()
+    mode, old_key = SENTENCE_TRANSFORMERS_POOLING[text_format.pooling]
     pooling = {
         "word_embedding_dimension": width,
-        **{f"pooling_mode_{mode}": mode == "lasttoken" for mode in _POOLING_MODES},
-        "include_prompt": True,
-        "pooling_mode": "lasttoken",  # sentence-transformers 6 reads this one
+        **{key: key == old_key for key in _POOLING_KEYS},
+        "include_prompt": text_format.include_prompt,
+        "pooling_mode": mode,  # sentence-transformers 6 reads this one
     }
     write_json(directory / "1_Pooling" / "config.json", pooling)
     if text_format.normalize:
@@ -277,9 +320,10 @@ def _write_modules(directory: Path, text_format: TextFormat, width: int) -> None
         write_json(directory / "2_Normalize" / "config.json", normalize)
 
     transformer: dict[str, Any] = {"max_seq_length": text_format.max_length, "do_lower_case": False}
+    oldest = oldest_readers(text_format, causal)
     sentence_transformers = {
         # The oldest version that reads the files as meant; older ones warn.
-        "__version__": {"sentence_transformers": "5.7.0" if text_format.has_suffixes else "5.1.0"},
+        "__version__": {"sentence_transformers": f"{oldest['sentence-transformers']}.0"},
         "model_type": "SentenceTransformer",
         "prompts": {"query": text_format.query.prompt, "document": text_format.document.prompt},
         "default_prompt_name": "query",
@@ -294,8 +338,9 @@ def _write_modules(directory: Path, text_format: TextFormat, width: int) -> None
             # 5.6 and newer take it out; older ones hand it on to the template, which then refuses.
             "processing_kwargs": {"chat_template": {"restore_suffix": True}},
         }
-        sentence_transformers["requirements"] = {"sentence-transformers": ">=5.7"}
         (directory / "chat_template.jinja").write_text(chat_template(text_format), encoding="utf-8")
+    if oldest != oldest_readers(DEFAULT_TEXT_FORMAT):
+        sentence_transformers["requirements"] = {package: f">={version}" for package, version in oldest.items()}
     write_json(directory / "sentence_bert_config.json", transformer)
     write_json(directory / "config_sentence_transformers.json", sentence_transformers)
 

@@ -18,13 +18,20 @@ _WEIGHTS = (
     re.compile(rf"model({_SHARD}\.safetensors|\.safetensors\.index\.json)"),
     re.compile(r"pytorch_model\.bin"),
     re.compile(rf"pytorch_model({_SHARD}\.bin|\.bin\.index\.json)"),
+    re.compile(r"adapter_model\.safetensors"),
 )
 # Config, tokenizer and text format, and the modules of sentence-transformers: not what lies in onnx/ or checkpoints.
 _DESCRIPTION = re.compile(r"[^/]+(?<!\.index)\.(json|jinja|model|txt|md)|LICENSE|\d+_\w+/config\.json")
 # What a model pushed over another one must not leave beside it: readers would take it for a part of the new one.
-_STALE = (*_WEIGHTS, re.compile(r"chat_template\.jinja|(added_tokens|special_tokens_map)\.json|\d+_\w+/config\.json"))
+_STALE = (
+    *_WEIGHTS,
+    re.compile(r"chat_template\.jinja|(adapter_config|added_tokens|special_tokens_map)\.json|\d+_\w+/config\.json"),
+)
 # Without a list of the repository's files: what a cached snapshot has to hold where the repository has it.
-_CACHED = ["config.json", "tokenizer.json", "model.safetensors", "model[-_]*-of-*.safetensors"]
+_CACHED = [
+    *("config.json", "tokenizer.json", "model.safetensors", "model[-_]*-of-*.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+]
 
 
 def find_directory(

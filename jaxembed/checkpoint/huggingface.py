@@ -7,7 +7,7 @@ and dtypes is found before the first one is read.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,14 +85,18 @@ def load_weights(
     ignored: Sequence[str] = (),
     dtype: DTypeLike | None = np.float32,
     progress: bool = True,
+    adapt: Callable[[str, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[dict[ParameterPath, np.ndarray], str | None]:
     """The parameters that `abstract_state` describes, from the weights of `directory`.
 
     With them comes the checkpoint's `WeightsHash` where a cast loses it, else None: then it is that of the parameters.
 
     `prefixes` and `ignored` as in `jaxembed.models.weights.resolve`. All parameters become `dtype`; with `None`, each
-    gets the dtype that `abstract_state` has for it. Raises `InputError` for damaged files, for tensors that are
-    missing or too many, and for a wrong shape or dtype, before any tensor is read.
+    gets the dtype that `abstract_state` has for it. `adapt` (name without prefix, tensor in Hugging Face's layout) may
+    put another tensor in the place of each; the hash is that of what it gives.
+
+    Raises `InputError` for damaged files, for tensors that are missing or too many, and for a wrong shape or dtype,
+    before any tensor is read.
     """
     refs = open_weights(directory)
     plan = resolve(refs, weight_map, layers, prefixes=prefixes, ignored=ignored, where=str(directory))
@@ -102,7 +106,7 @@ def load_weights(
         for path, like in abstract_state.items()
     }
     cast = any(refs[each.source].dtype != state[each.path].dtype for each in plan.assignments)
-    found = WeightsHash() if cast else None
+    found = WeightsHash() if cast or adapt is not None else None
     buffers = Buffers()
     total = sum(refs[assignment.source].nbytes for assignment in plan.assignments)
     with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -110,6 +114,10 @@ def load_weights(
             ref = refs[assignment.source]
             place = ... if assignment.index is None else assignment.index
             array = ref.read(buffers)
+            if adapt is not None:
+                stored, array = array, adapt(ref.name.removeprefix(plan.prefix), array)
+                if array is not stored:
+                    buffers.give(stored)
             moved = in_order(assignment.rule.relayout.to_jax(array), buffers)
             state[assignment.path][place] = moved
             if found is not None:

@@ -9,9 +9,27 @@ from typing import Any
 
 import yaml
 
-from jaxembed.text.format import Role, TextFormat
+from jaxembed.checkpoint.export import oldest_readers
+from jaxembed.text.format import Pooling, Role, TextFormat
 
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "jaxembed")
+
+_POOLING: Mapping[Pooling, str] = {
+    "last": "the hidden state of the last token",
+    "mean": "the mean of the hidden states of all tokens",
+    "weighted_mean": "the mean of the hidden states of all tokens, weighted by their places 1, 2, … in the sequence",
+    "first": "the hidden state of the first token",
+}
+_WEIGHTED = "vLLM and TEI have no weighted mean."
+_AFTER_PROMPT = (
+    "Tokens of the prompt do not count in it (`include_prompt: false`), which sentence-transformers heeds and vLLM "
+    "does not."
+)
+_BIDIRECTIONAL = (
+    "Attention is bidirectional (`is_causal: false` in `config.json`), which transformers {transformers} or newer "
+    "reads. Programs that take no notice of it, such as older versions and vLLM's BLOOM, give other embeddings and no "
+    "error."
+)
 
 _LITERAL_MARKERS = {
     "token": "A marker that stands in a text becomes its token, here as in every other reader.",
@@ -35,6 +53,7 @@ def model_card(
     results: Sequence[Mapping[str, Any]] = (),
     versions: Mapping[str, str] | None = None,
     weights_hash: str | None = None,
+    causal: bool = True,
 ) -> str:
     """The model card as Markdown with the Hugging Face hub's front matter.
 
@@ -49,10 +68,11 @@ def model_card(
         results: a row a measurement; its keys head the table (`data`, `metric`, `before`, `after`, `BM25`).
         versions: what it was made with, by package.
         weights_hash: SHA-256 of the weights, whatever the files that hold them.
+        causal: whether attention is.
     """
-    introduction = _introduction(text_format, dim, description, base_model, trained=config is not None)
+    introduction = _introduction(text_format, dim, description, base_model, config is not None, causal)
     parts = [_front_matter(base_model, license), f"# {name}", introduction]
-    parts += ["## Text format", _text_format(text_format), "## Use", _usage(name, text_format)]
+    parts += ["## Text format", _text_format(text_format), "## Use", _usage(name, text_format, causal)]
     if results:
         parts += ["## Results", _table(results)]
     if training_data:
@@ -84,7 +104,9 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _introduction(text_format: TextFormat, dim: int, description: str, base_model: str | None, trained: bool) -> str:
+def _introduction(
+    text_format: TextFormat, dim: int, description: str, base_model: str | None, trained: bool, causal: bool
+) -> str:
     origin = "written by jaxembed"
     if base_model:
         origin = f"made with jaxembed, finetuned from `{base_model}`"
@@ -92,11 +114,16 @@ def _introduction(text_format: TextFormat, dim: int, description: str, base_mode
         origin = "made with jaxembed, trained from scratch"
     length = "of unit length" if text_format.normalize else "not normalised"
     facts = (
-        f"A text embedder {origin}. An embedding is the hidden state of the last token, "
+        f"A text embedder {origin}. An embedding is {_POOLING[text_format.pooling]}, "
         f"{dim} numbers, {length}; compare them by cosine similarity. Texts are cut at "
         f"{text_format.max_length} tokens."
     )
-    return f"{description.strip()}\n\n{facts}" if description.strip() else facts
+    if text_format.pooling == "weighted_mean":
+        facts += f" {_WEIGHTED}"
+    if text_format.pooling != "last" and not text_format.include_prompt:
+        facts += f" {_AFTER_PROMPT}"
+    parts = [facts] if causal else [facts, _BIDIRECTIONAL.format(**oldest_readers(text_format, causal))]
+    return "\n\n".join([description.strip(), *parts] if description.strip() else parts)
 
 
 def _text_format(text_format: TextFormat) -> str:
@@ -115,13 +142,15 @@ def _text_format(text_format: TextFormat) -> str:
     return f"{_table(rows)}\n\n{symmetric} {_LITERAL_MARKERS[text_format.literal_markers]}"
 
 
-def _usage(name: str, text_format: TextFormat) -> str:
+def _usage(name: str, text_format: TextFormat, causal: bool) -> str:
     calls = (
         'queries = model.encode_query(["how do I sort a dict by value"])\n'
         'documents = model.encode_document(["sorted(d.items(), key=lambda item: item[1])"])\n'
         "print(model.similarity(queries, documents))"
     )
-    need = "5.7 or newer" if text_format.has_suffixes else "5.1 or newer"
+    oldest = oldest_readers(text_format, causal)
+    need = f"{oldest.pop('sentence-transformers')} or newer"
+    need += "".join(f", {package} {version} or newer" for package, version in oldest.items())
     path = json.dumps(name, ensure_ascii=False)
     torch = f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({path})\n{calls}"
     jax = f"from jaxembed import Embedder\n\nmodel = Embedder.from_pretrained({path})\n{calls}"

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxembed.checkpoint.huggingface import load_weights, read_config
+from jaxembed.checkpoint.huggingface import load_weights
 from jaxembed.checkpoint.model_directory import is_model_directory, load_stored, read_record
+from jaxembed.checkpoint.parts import huggingface_shapes, merged_parameters
+from jaxembed.checkpoint.peft import base_config, base_directory, is_adapter, read_adapter
+from jaxembed.errors import InputError
 from jaxembed.models import Family, family_of
 from jaxembed.models.weights import ParameterPath
 from jaxembed.sharding import check_divisible, named_shardings, partition_specs
+
+Attention = Literal["causal", "bidirectional"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +49,37 @@ def abstract_decoder(family: Family, config: Any) -> tuple[nnx.GraphDef, nnx.Sta
     return nnx.split(jax.eval_shape(lambda key: family.model(key, config), jax.random.key(0)))
 
 
+def with_attention(huggingface_config: Mapping[str, Any], attention: Attention | None) -> Mapping[str, Any]:
+    """The `config.json` with this attention, as transformers 5 reads it (`is_causal`); None leaves it as it is."""
+    if attention is None or (attention == "causal") == huggingface_config.get("is_causal", True):
+        return huggingface_config
+    return {**huggingface_config, "is_causal": attention == "causal"}
+
+
 def load_decoder(
-    directory: str | os.PathLike[str], *, dtype: Any = jnp.float32, mesh: Mesh | None = None, progress: bool = True
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+    attention: Attention | None = None,
+    base: Path | None = None,
 ) -> Decoder:
-    """Reads a Hugging Face, sentence-transformers or Orbax model directory.
+    """Reads a Hugging Face, sentence-transformers or Orbax model directory, or an adapter, merged into its base.
 
     Args:
         dtype: of the parameters.
         mesh: where to put them, by the rules table; None: on the default device.
+        attention: instead of what the directory says.
+        base: the directory of an adapter's base model; None looks for it where the adapter says.
 
     Raises:
         InputError: config or weights are missing, damaged, not of a supported architecture, or not divided by the mesh.
     """
-    directory = Path(directory)
-    huggingface_config = read_config(directory)
+    given = directory = Path(directory)
+    if is_adapter(given):
+        directory = base or base_directory(given)
+    huggingface_config = with_attention(base_config(given, directory), attention)
     where = str(directory / "config.json")
     family = family_of(huggingface_config, where)
     config = family.config.from_huggingface(huggingface_config, where)
@@ -67,6 +89,11 @@ def load_decoder(
     flat = flat_state(abstract)
     rules = family.weight_map(config)
     specs = None if mesh is None else named_shardings(partition_specs(abstract), mesh)
+    adapter = None
+    if given != directory:
+        adapter = read_adapter(given, rules, huggingface_shapes(rules, config.layers, flat), family.prefixes)
+        if is_model_directory(directory):
+            raise InputError(f"{given}: its base model {directory} is an Orbax directory; expected a Hugging Face one")
     if is_model_directory(directory):
         shardings = None if specs is None else {path: leaf.get_value() for path, leaf in flat_state(specs).items()}
         arrays = load_stored(
@@ -83,10 +110,23 @@ def load_decoder(
             ignored=family.ignored,
             dtype=np.dtype(dtype),
             progress=progress,
+            adapt=None if adapter is None else adapter.merge,
         )
     state = nnx.from_flat_state({path: variable.replace(arrays[path]) for path, variable in flat.items()})
     state = jax.tree.map(jnp.asarray, state) if specs is None else jax.device_put(state, specs)
     return Decoder(nnx.merge(graph, state), family, config, huggingface_config, found)
+
+
+def merged_decoder(decoder: Decoder) -> Decoder:
+    """The decoder with its parts (`jaxembed.models.parts`) merged into its own parameters; itself where it has none."""
+    graph, abstract = abstract_decoder(decoder.family, decoder.config)
+    own = flat_state(abstract)
+    if own.keys() == flat_state(nnx.state(decoder.model)).keys():
+        return decoder
+    rules = decoder.family.weight_map(decoder.config)
+    arrays = merged_parameters(decoder.model, own, rules, decoder.config.layers)
+    state = nnx.from_flat_state({path: variable.replace(arrays[path]) for path, variable in own.items()})
+    return dataclasses.replace(decoder, model=nnx.merge(graph, state), weights_hash=None)
 
 
 def random_decoder(family: Family, config: Any, seed: int, mesh: Mesh | None = None) -> Decoder:

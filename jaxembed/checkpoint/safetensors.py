@@ -121,6 +121,11 @@ def open_tensors(directory: str | os.PathLike[str]) -> dict[str, TensorRef]:
     raise InputError(_nothing_found(directory))
 
 
+def open_file(directory: Path, name: str) -> dict[str, TensorRef]:
+    """All tensors of one safetensors file of a directory, by name; `InputError` as from `open_tensors`."""
+    return {ref.name: ref for ref in _read_header(file_inside(directory, name))}
+
+
 def file_inside(directory: Path, name: str) -> Path:
     """The path of the file `name` of a model directory; links may not lead out of the directory.
 

@@ -5,6 +5,8 @@ that a resumed run needs nothing but its step. Grain carries it: threads, prefet
 """
 
 import dataclasses
+import functools
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -12,11 +14,13 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Float, Int, UInt64
 
 from jaxembed.data.cache import TokenCache, build_token_cache
+from jaxembed.data.known import KnownPositives
 from jaxembed.data.plan import DataSet, Schedule
 from jaxembed.data.sources import Examples
+from jaxembed.data.text_store import Picked, PickedRows
 from jaxembed.text.format import RoleName
 from jaxembed.text.packing import RowShape, best_fit_rows, fill_rows
 from jaxembed.text.tokenizer import TextTokenizer
@@ -37,10 +41,18 @@ class TextTable:
     starts: Int[np.ndarray, " caches"]
     lengths: Int[np.ndarray, " texts"]
     hashes: UInt64[np.ndarray, " texts"]
+    skipped: tuple[int, ...] = ()
+    """How many leading tokens of the texts of each cache are not pooled (`TextTokenizer.skipped`); none: all are."""
 
     def __getitem__(self, text: int) -> Int[np.ndarray, " tokens"]:
         cache = int(np.searchsorted(self.starts, text, side="right")) - 1
         return self.caches[cache][text - int(self.starts[cache])]
+
+    def skipped_of(self, texts: Int[np.ndarray, "*texts"]) -> Int[np.ndarray, "*texts"] | None:
+        """`skipped` of each of these texts; None where it is nothing for all."""
+        if not any(self.skipped):
+            return None
+        return np.asarray(self.skipped)[np.searchsorted(self.starts, texts, side="right") - 1]
 
 
 def tokenize_examples(
@@ -49,40 +61,128 @@ def tokenize_examples(
     tokenizer: TextTokenizer,
     cache_dir: str | os.PathLike[str],
     negatives: int,
+    own: Sequence[tuple[TextTokenizer, tuple[RoleName, RoleName]]] | None = None,
+    limits: Sequence[int] | None = None,
 ) -> tuple[TextTable, list[DataSet]]:
     """Every text of the sources as token ids, once, and the data sets as rows of that table.
 
-    Columns of a data set are anchor, positive, then `negatives` hard negatives (−1 where an example has fewer).
+    Columns of a data set are anchor, positive, then `negatives` hard negatives (−1 where an example has fewer). Texts
+    that lie in a store are read from the disk in batches, those alone that an example names, once however many do.
+
+    Args:
+        sources: what is tokenised.
+        weights: of the data sets.
+        tokenizer: of all sources.
+        cache_dir: local folder of the token caches.
+        negatives: columns of hard negatives.
+        own: for each source its tokenizer and the roles of its anchors and of its documents, where they are not
+            `tokenizer`, "query" and "document".
+        limits: for each source how many hard negatives of a query are taken, at most `negatives`.
     """
     caches: list[TokenCache] = []
+    skipped: list[int] = []
+    numbered = 0
+
+    def add(cache: TokenCache, reader: TextTokenizer, role: RoleName) -> int:
+        """The number of the first text of the cache."""
+        nonlocal numbered
+        caches.append(cache)
+        skipped.append(reader.skipped(role))
+        numbered += len(cache)
+        return numbered - len(cache)
+
     data_sets: list[DataSet] = []
-    start = 0
-    for source, weight in zip(sources, weights):
-        everyone = np.arange(len(source))
-        columns: list[tuple[RoleName, list[str], Int[np.ndarray, " texts"]]] = [
-            ("query", source.anchors, everyone),
-            ("document", source.positives, everyone),
-        ]
-        counts = np.array([len(row) for row in source.negatives], np.int64)
-        for place in range(min(negatives, counts.max(initial=0))):
-            having = np.flatnonzero(counts > place)
-            columns.append(("document", [source.negatives[row][place] for row in having], having))
+    picked: dict[tuple[str, str, RoleName], list[_Picking]] = {}
+    common: tuple[TextTokenizer, tuple[RoleName, RoleName]] = tokenizer, ("query", "document")
+    readers = own or [common] * len(sources)
+    for source, weight, (reader, roles), limit in zip(sources, weights, readers, limits or [negatives] * len(sources)):
         texts = np.full((len(source), 2 + negatives), -1, np.int64)
-        for number, (role, column, rows) in enumerate(columns):
-            fingerprint = f"{source.fingerprint}:{number}"
-            cache = build_token_cache(column, role, tokenizer, source_fingerprint=fingerprint, directory=cache_dir)
-            texts[rows, number] = start + np.arange(len(column))
-            start += len(column)
-            caches.append(cache)
+        for part in _text_columns(source, limit, roles):
+            if isinstance(part.texts, Picked):
+                key = part.texts.store.fingerprint, reader.fingerprint, part.role
+                picked.setdefault(key, []).append(_Picking(part.texts, part, texts, reader))
+                continue
+            cache = build_token_cache(
+                part.texts, part.role, reader, source_fingerprint=part.fingerprint, directory=cache_dir
+            )
+            texts[part.examples, part.columns] = add(cache, reader, part.role) + np.arange(len(cache))
         data_sets.append(DataSet(source.name, texts, weight))
+    for (fingerprint, _, role), parts in picked.items():
+        named = np.unique(np.concatenate([part.texts.rows for part in parts]))
+        digest = hashlib.sha256(named.astype("<i8").tobytes()).hexdigest()
+        cache = build_token_cache(
+            Picked(parts[0].texts.store, named),
+            role,
+            parts[0].reader,
+            source_fingerprint=f"{fingerprint}:{digest}",
+            directory=cache_dir,
+            distinct=True,
+        )
+        first = add(cache, parts[0].reader, role)
+        for part in parts:
+            part.table[part.of.examples, part.of.columns] = first + np.searchsorted(named, part.texts.rows)
     counts = [len(cache) for cache in caches]
     table = TextTable(
         tuple(caches),
         np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64),
         np.concatenate([cache.lengths for cache in caches]),
         np.concatenate([cache.hashes for cache in caches]),
+        tuple(skipped),
     )
     return table, data_sets
+
+
+@dataclasses.dataclass(frozen=True)
+class _Texts:
+    """Some texts of a source, and the examples and columns that they belong to."""
+
+    role: RoleName
+    texts: Sequence[str]
+    fingerprint: str
+    examples: Int[np.ndarray, " texts"]
+    columns: Int[np.ndarray, " texts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picking:
+    """Texts of a store that wait until all that is named of it is known."""
+
+    texts: Picked
+    of: _Texts
+    table: Int[np.ndarray, "examples columns"]
+    reader: TextTokenizer
+
+
+def _text_columns(source: Examples, negatives: int, roles: tuple[RoleName, RoleName]) -> Iterator[_Texts]:
+    """The anchors; then the documents, those that are in memory in one piece, so that each is tokenised once."""
+    everyone = np.arange(len(source))
+    query, document = roles
+    yield _Texts(query, source.anchors, f"{source.fingerprint}:0", everyone, np.zeros_like(everyone))
+    counts = np.minimum(source.negative_counts, negatives)
+    places = range(int(counts.max(initial=0)))
+    having = [np.flatnonzero(counts > place) for place in places]
+    documents = [_Texts(document, source.positives, f"{source.fingerprint}:1", everyone, np.ones_like(everyone))]
+    if isinstance(source.negatives, PickedRows):
+        for place, rows in zip(places, having):
+            found = Picked(source.negatives.store, source.negatives.rows[rows, place])
+            documents.append(_Texts(document, found, "", rows, np.full(len(rows), 2 + place)))
+    else:
+        for place, rows in zip(places, having):
+            found = [source.negatives[row][place] for row in rows.tolist()]
+            documents.append(_Texts(document, found, "", rows, np.full(len(rows), 2 + place)))
+    listed = [part for part in documents if not isinstance(part.texts, Picked)]
+    yield from (part for part in documents if isinstance(part.texts, Picked))
+    if listed:
+        # A source without negatives keeps the cache that it had when every column had its own.
+        column = "1" if len(documents) == 1 else f"documents:{len(places)}"
+        fingerprint = f"{source.fingerprint}:{column}"
+        yield _Texts(
+            document,
+            [text for part in listed for text in part.texts],
+            fingerprint,
+            np.concatenate([part.examples for part in listed]),
+            np.concatenate([part.columns for part in listed]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +251,13 @@ class Batches:
     data_set: Int[np.ndarray, " examples"]
     layout: RowLayout
     pad: int = 0
+    scores: Float[np.ndarray, "examples scored"] | None = None
+    """`Examples.scores` of all data sets, NaN where there is none."""
+
+    @functools.cached_property
+    def known(self) -> KnownPositives:
+        """The positives of every query of the run, for those it meets in a batch."""
+        return KnownPositives.of(*(self.table.hashes[self.texts[:, column]] for column in (0, 1)))
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -159,7 +266,12 @@ class Batches:
         """The fields of `training.gradient.Batch` as numpy arrays, and `step` and `tokens_used` beside them."""
         step = int(index)
         examples = self.schedule.batch(step)
-        fields = pack_batch(self.table, self.texts[examples], self.data_set[examples], self.layout, self.pad)
+        texts = self.texts[examples]
+        fields = pack_batch(
+            self.table, texts, self.data_set[examples], self.layout, self.pad, self.table.skipped_of(texts),
+            hashes=self.table.hashes[texts], known=self.known,
+            scores=None if self.scores is None else self.scores[examples],
+        )  # fmt: skip
         return {**fields, "step": step}
 
 
@@ -183,11 +295,22 @@ def pack_batch(
     data_set: Int[np.ndarray, " examples"],
     layout: RowLayout,
     pad: int = 0,
+    skipped: Int[np.ndarray, "examples columns"] | None = None,
+    *,
+    hashes: UInt64[np.ndarray, "examples columns"] | None = None,
+    known: KnownPositives | None = None,
+    scores: Float[np.ndarray, "examples scored"] | None = None,
 ) -> dict[str, Any]:
     """Packs the texts of a batch and says where each is found again.
 
     Rows are dealt to the chips so that each holds about as many texts; texts are numbered anchors first, then the
     documents column by column, and keep these numbers whatever the chip they lie on.
+
+    Args:
+        skipped: how many leading tokens of each text are not pooled; None: all are.
+        hashes: of each text, by which equal ones are known; None: by their numbers.
+        known: positives of the queries elsewhere in the data, by the same hashes.
+        scores: of each example's documents.
     """
     examples = len(texts)
     flat = texts.T.ravel()
@@ -205,13 +328,22 @@ def pack_batch(
     most = max(sum(map(len, rows)) for rows in by_chip)
     capacity = len(flat) if chips == 1 else max(-(-most // 8) * 8, -(-int(1.1 * len(flat) / chips) // 8) * 8)
     shape = RowShape(layout.row_length, chunks * per_chunk, layout.slots)
-    filled = [fill_rows(ids, rows, shape, pad) for rows in by_chip]
+    left_out = None if skipped is None else skipped.T.ravel()[present]
+    filled = [fill_rows(ids, rows, shape, pad, left_out) for rows in by_chip]
     pick = np.zeros((chips, capacity), np.int32)
     place = np.zeros(len(flat), np.int32)
     for chip, rows in enumerate(filled):
         slots = np.flatnonzero(rows.texts.ravel() >= 0)
         pick[chip, : len(slots)] = slots
         place[present[rows.texts.ravel()[slots]]] = chip * capacity + np.arange(len(slots))
+
+    named = flat if hashes is None else hashes.T.ravel()
+    distinct, numbers = np.unique(named[present], return_inverse=True)
+    codes = np.full(len(flat), -1, np.int32)
+    codes[present] = numbers
+    others = np.zeros((examples, 0), np.int32)
+    if known is not None:
+        others = known.codes(named[:examples], named[examples : 2 * examples], distinct)
 
     def in_chunks(name: str) -> np.ndarray:
         parts = [getattr(rows, name).reshape(chunks, per_chunk, -1) for rows in filled]
@@ -220,13 +352,20 @@ def pack_batch(
     return {
         "tokens": in_chunks("tokens"),
         "segments": in_chunks("segments"),
+        "first": in_chunks("first"),
         "last": in_chunks("last"),
         "pick": pick.ravel(),
         "own": place[:examples],
+        "query_places": place[:examples],
         "candidates": place[examples:],
         "positives": np.arange(examples, dtype=np.int32),
         "valid": flat[examples:] >= 0,
+        "query_codes": codes[:examples],
+        "candidate_codes": codes[examples:],
+        "known": others,
+        "scores": np.zeros((examples, 0), np.float32) if scores is None else scores.astype(np.float32),
         "data_set": data_set.astype(np.int32),
+        "data_sets": data_set.astype(np.int32),
         "tokens_used": int(lengths.sum()),
     }
 

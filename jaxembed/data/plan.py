@@ -36,6 +36,22 @@ class DataSet:
     weight: float | None = None
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """How the data sets of a run share its batches.
+
+    Attributes:
+        homogeneous: each batch comes from one data set; else from all of them.
+        cap: examples by which a data set without a weight counts at most, and that an epoch takes of it; None = all.
+    """
+
+    homogeneous: bool = False
+    cap: int | None = None
+
+
+MIXED = Mixing()
+
+
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
     """The batches of one epoch.
@@ -54,15 +70,21 @@ class EpochPlan:
 
 
 def epoch_plan(
-    datasets: Sequence[DataSet], text_hashes: UInt64[np.ndarray, " texts"], batch_size: int, seed: int, epoch: int
+    datasets: Sequence[DataSet],
+    text_hashes: UInt64[np.ndarray, " texts"],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    mixing: Mixing = MIXED,
 ) -> EpochPlan:
     """The plan of one epoch.
 
-    An epoch is as many examples as the data sets have together. Without weights each is in it once; with weights a data
-    set has its share of the epoch and goes on in the next where this one stopped, each example once before any comes
-    again. Within the epoch the data sets are spread evenly. Two examples that share a text (anchor or document, of
-    either) would be false negatives of each other: one of them changes places with a random example of another batch.
-    The examples that do not fill a last batch are left out; they are others in every epoch.
+    An epoch is as many examples as the data sets have together, at most `mixing.cap` of each counted. Without weights
+    each is in it once; with weights or a cap a data set has its share of the epoch and goes on in the next where this
+    one stopped, each example once before any comes again. Within the epoch the data sets are spread evenly. Two
+    examples that share a text (anchor or document, of either) would be false negatives of each other: one of them
+    changes places with a random example of another batch. The examples that do not fill a last batch are left out; they
+    are others in every epoch, or, where batches are homogeneous, in every pass through their data set.
 
     Args:
         datasets: their order decides the numbers of the examples.
@@ -72,9 +94,9 @@ def epoch_plan(
         epoch: from 0.
 
     Raises:
-        InputError: there is not one whole batch.
+        InputError: there is not one whole batch, of the data or of a data set whose batches are its own.
     """
-    return _plan(_inputs(datasets, text_hashes), batch_size, seed, epoch)
+    return _plan(_inputs(datasets, text_hashes, batch_size, mixing), batch_size, seed, epoch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +158,16 @@ def run_plan(
     *,
     epochs: float | None = None,
     steps: int | None = None,
+    mixing: Mixing = MIXED,
 ) -> Schedule:
     """The batches of a whole run, as long as `epochs` (may be a fraction) or `steps` says.
 
     Raises:
-        InputError: not exactly one of the two is given, or there is not one whole batch.
+        InputError: not exactly one of the two is given, or there is not one whole batch (see `epoch_plan`).
     """
     if (epochs is None) == (steps is None):
         raise InputError(f"give exactly one of training.epochs and training.steps, found {epochs} and {steps}")
-    inputs = _inputs(datasets, text_hashes)
+    inputs = _inputs(datasets, text_hashes, batch_size, mixing)
     steps_per_epoch = _steps_per_epoch(inputs, batch_size)
     if steps is None:
         assert epochs is not None
@@ -165,18 +188,29 @@ class _Inputs:
     codes: Int64[np.ndarray, " entries"]
     starts: Int64[np.ndarray, " bounds"]
     digest: str
+    homogeneous: bool
 
 
-def _inputs(datasets: Sequence[DataSet], text_hashes: UInt64[np.ndarray, " texts"]) -> _Inputs:
+def _inputs(
+    datasets: Sequence[DataSet], text_hashes: UInt64[np.ndarray, " texts"], batch_size: int, mixing: Mixing
+) -> _Inputs:
     sizes = np.array([len(dataset.texts) for dataset in datasets], np.int64)
     weights = [dataset.weight for dataset in datasets]
-    shares = np.array([size if weight is None else weight for size, weight in zip(sizes, weights)], np.float64)
+    capped = sizes if mixing.cap is None else np.minimum(sizes, mixing.cap)
+    shares = np.array([size if weight is None else weight for size, weight in zip(capped, weights)], np.float64)
     shares[sizes == 0] = 0
     if any(weight is not None for weight in weights) and shares.sum() > 0:
-        counts = np.rint(sizes.sum() * shares / shares.sum()).astype(np.int64)
+        counts = np.rint(capped.sum() * shares / shares.sum()).astype(np.int64)
         counts = np.where(sizes > 0, np.maximum(counts, 1), 0)
     else:
-        counts = sizes
+        counts = capped
+    if mixing.homogeneous:
+        for dataset, size in zip(datasets, sizes.tolist()):
+            if 0 < size < batch_size:
+                raise InputError(
+                    f"data set {dataset.name!r} has {size} pairs, and a batch of one data set has {batch_size}: lower "
+                    "training.batch_size, leave the data set out, or mix them with data.batches: mixed"
+                )
 
     columns = max((dataset.texts.shape[1] for dataset in datasets), default=1)
     texts = np.full((sizes.sum(), columns), -1, np.int64)
@@ -185,7 +219,8 @@ def _inputs(datasets: Sequence[DataSet], text_hashes: UInt64[np.ndarray, " texts
     present = texts >= 0
     hashes = np.zeros(texts.shape, np.uint64)
     hashes[present] = text_hashes[texts[present]]
-    digest = hashlib.sha256(json.dumps([sizes.tolist(), weights]).encode())
+    mixed = [] if mixing == MIXED else [mixing.homogeneous, mixing.cap]
+    digest = hashlib.sha256(json.dumps([sizes.tolist(), weights, *mixed]).encode())
     for array in (present, hashes.astype("<u8")):
         digest.update(np.ascontiguousarray(array).data)
 
@@ -197,10 +232,10 @@ def _inputs(datasets: Sequence[DataSet], text_hashes: UInt64[np.ndarray, " texts
     first = order[~repeated]
     example, code, column = example[first], code[first], column[first]
     # Where an example can come twice in an epoch it clashes with itself, by its anchor.
-    comes_again = np.repeat(counts != sizes, sizes)
+    comes_again = np.repeat((counts != sizes) & (not mixing.homogeneous), sizes)
     keep = (np.bincount(code)[code] > 1) | (comes_again[example] & (column == 0))
     starts = np.searchsorted(example[keep], np.arange(sizes.sum() + 1))
-    return _Inputs(sizes, counts, code[keep].astype(np.int64), starts, digest.hexdigest())
+    return _Inputs(sizes, counts, code[keep].astype(np.int64), starts, digest.hexdigest(), mixing.homogeneous)
 
 
 def _steps_per_epoch(inputs: _Inputs, batch_size: int) -> int:
@@ -214,15 +249,75 @@ def _steps_per_epoch(inputs: _Inputs, batch_size: int) -> int:
 
 
 def _plan(inputs: _Inputs, batch_size: int, seed: int, epoch: int) -> EpochPlan:
-    batches = _steps_per_epoch(inputs, batch_size)
-    examples = _shuffled(inputs, seed, epoch)
-    places, clashes, swapped = _part_equal_texts(inputs, examples, batch_size, _generator(1, seed, epoch))
-    order = np.empty_like(examples)
-    order[places] = examples
-    order = order[: batches * batch_size].reshape(batches, batch_size)
+    _steps_per_epoch(inputs, batch_size)  # raises where there is not one whole batch
+    if inputs.homogeneous:
+        order, clashes, swapped = _own_batches(inputs, batch_size, seed, epoch)
+    else:
+        examples = _shuffled(inputs, seed, epoch)
+        order, clashes, swapped = _batches(inputs, examples, batch_size, _generator(1, seed, epoch))
     digest = hashlib.sha256(json.dumps(["epoch plan 1", inputs.digest, batch_size, seed, epoch]).encode())
     digest.update(order.astype("<i8").data)
     return EpochPlan(order, digest.hexdigest(), clashes, swapped)
+
+
+def _batches(
+    inputs: _Inputs, examples: Int64[np.ndarray, " places"], batch_size: int, generator: np.random.Generator
+) -> tuple[Int64[np.ndarray, "batches batch"], int, int]:
+    """The whole batches of a sequence of examples, equal texts parted; how many clash still, and how many moved."""
+    places, clashes, swapped = _part_equal_texts(inputs, examples, batch_size, generator)
+    order = np.empty_like(examples)
+    order[places] = examples
+    batches = len(examples) // batch_size
+    return order[: batches * batch_size].reshape(batches, batch_size), clashes, swapped
+
+
+def _own_batches(
+    inputs: _Inputs, batch_size: int, seed: int, epoch: int
+) -> tuple[Int64[np.ndarray, "batches batch"], int, int]:
+    """Batches that come from one data set each, those of a data set spread evenly over the epoch.
+
+    A data set is passed through again and again: each pass is a permutation of it, cut into batches.
+    """
+    before, now = _batch_counts(inputs, batch_size, epoch)
+    generator = _generator(0, seed, epoch)
+    first = np.cumsum(inputs.sizes) - inputs.sizes
+    orders, when, clashes, swapped = [], [], 0, 0
+    for number in np.flatnonzero(now).tolist():
+        size, begin, count = int(inputs.sizes[number]), int(before[number]), int(now[number])
+        a_pass = size // batch_size
+        passes = []
+        for one in range(begin // a_pass, (begin + count - 1) // a_pass + 1):
+            examples = first[number] + _generator(2, seed, number, one).permutation(size)
+            batches, clashing, moved = _batches(inputs, examples, batch_size, _generator(1, seed, number, one))
+            passes.append(batches)
+            clashes, swapped = clashes + clashing, swapped + moved
+        begin %= a_pass
+        orders.append(np.concatenate(passes)[begin : begin + count])
+        when.append((np.arange(count) + generator.random(count)) / count)
+    return np.concatenate(orders)[np.argsort(np.concatenate(when), kind="stable")], clashes, swapped
+
+
+def _batch_counts(
+    inputs: _Inputs, batch_size: int, epoch: int
+) -> tuple[Int64[np.ndarray, " datasets"], Int64[np.ndarray, " datasets"]]:
+    """Batches of each data set in all epochs before this one, and in this one.
+
+    By largest remainder; what a data set gets too few of, or too many, it gets or gives in the next epoch.
+    """
+    batches, total = _steps_per_epoch(inputs, batch_size), int(inputs.counts.sum())
+    given = counts = np.zeros_like(inputs.sizes)
+    for number in range(epoch + 1):
+        given = given + counts
+        wanted = (number + 1) * batches * inputs.counts - total * given  # in batches / total
+        counts = np.maximum(wanted // total, 0)
+        missing = batches - int(counts.sum())
+        order = np.argsort(counts * total - wanted, kind="stable")
+        if missing >= 0:
+            counts[order[:missing]] += 1
+        else:  # a data set of less than one batch an epoch is ahead of its share
+            order = order[counts[order] > 0]
+            counts[order[missing:]] -= 1
+    return given, counts
 
 
 def _generator(*entropy: int) -> np.random.Generator:

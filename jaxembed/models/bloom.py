@@ -1,8 +1,8 @@
-"""BLOOM (arXiv 2211.05100) as a text encoder: the decoder without its head, read at the last token of each text.
+"""BLOOM (arXiv 2211.05100) as a text encoder: the decoder without its head.
 
 The input is packed rows. All layers but the last are stacked and scanned; the last one runs only for the positions that
-are pooled: every other query, projection, MLP and final norm of it would be thrown away. Formulas follow transformers'
-modeling_bloom.py; dropouts, zero in every released model, do not exist here.
+are read, where these are given: every other query, projection, MLP and final norm of it would be thrown away. Formulas
+follow transformers' modeling_bloom.py; dropouts, zero in every released model, do not exist here.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxembed.errors import InputError
+from jaxembed.models.parts import Adapter, TokenRows
 from jaxembed.models.weights import IDENTITY, TRANSPOSE, Relayout, WeightRule
 from jaxembed.ops.alibi import alibi_slopes
 from jaxembed.ops.attention import attention
@@ -42,6 +43,8 @@ class BloomConfig:
     residual_after_norm: bool = False
     initializer_range: float = 0.02
     """Standard deviation of random matrices."""
+    causal: bool = True
+    """Whether a token attends to those before it only; False: to its whole text (`is_causal` of transformers 5)."""
 
     @property
     def head_dim(self) -> int:
@@ -52,7 +55,8 @@ class BloomConfig:
         """Reads a `config.json`, which `where` names in messages, under either spelling of its keys.
 
         Raises:
-            InputError: a key is missing or not a number, or heads do not divide the hidden size.
+            InputError: a key is missing or not a number, heads do not divide the hidden size, or `is_causal` is
+                neither true nor false.
         """
 
         def read(*names: str) -> int:
@@ -61,6 +65,9 @@ class BloomConfig:
                     return config[name]
             raise InputError(f"{where}: expected a whole number under {' or '.join(map(repr, names))}")
 
+        causal = config.get("is_causal", True)
+        if not isinstance(causal, bool):
+            raise InputError(f"{where}: expected true or false under 'is_causal', found {causal!r}")
         result = cls(
             vocab_size=read("vocab_size"),
             dim=read("hidden_size", "n_embed"),
@@ -69,6 +76,7 @@ class BloomConfig:
             epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
             residual_after_norm=bool(config.get("apply_residual_connection_post_layernorm", False)),
             initializer_range=float(config.get("initializer_range", 0.02)),
+            causal=causal,
         )
         if result.dim % result.heads:
             raise InputError(f"{where}: {result.heads} heads do not divide the hidden size {result.dim}")
@@ -92,6 +100,7 @@ class BloomConfig:
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 3,
+            **({} if self.causal else {"is_causal": False}),
         }
 
 
@@ -116,6 +125,8 @@ class LayerNorm(nnx.Module):
 class Linear(nnx.Module):
     """x · kernel + bias, over the kernel's leading `contracted` dimensions."""
 
+    lora: Adapter | None = None
+
     def __init__(
         self, key: Array, shape: tuple[int, ...], axes: tuple[str, ...], deviation: float, contracted: int = 1
     ):
@@ -126,11 +137,21 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."], hooks: Hooks) -> Float[Array, "..."]:
         kernel = hooks.weight(self.kernel, x.dtype)
-        return jnp.tensordot(x, kernel, axes=self.contracted) + self.bias[...].astype(x.dtype)
+        y = jnp.tensordot(x, kernel, axes=self.contracted) + self.bias[...].astype(x.dtype)
+        return y if self.lora is None else y + self.lora(x, hooks)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The dimensions of a layer's kernel that are contracted."""
+        return tuple(range(self.contracted))
 
 
 class Projections(nnx.Module):
     """Queries, keys and values: three matrices in one parameter, so that each can be applied to other positions."""
+
+    inputs = (1,)
+    """The dimension of a layer's kernel that is contracted."""
+    lora: Adapter | None = None
 
     def __init__(self, key: Array, config: BloomConfig):
         shape = (3, config.dim, config.heads, config.head_dim)
@@ -146,6 +167,9 @@ class Projections(nnx.Module):
     ]:
         kernel, bias = hooks.weight(self.kernel, x.dtype), self.bias[...].astype(x.dtype)
         q, k, v = (jnp.tensordot(y, kernel[i], axes=1) + bias[i] for i, y in enumerate((queried, x, x)))
+        if self.lora is not None:
+            low = [self.lora.lower(y, hooks) for y in (queried, x)]
+            q, k, v = (y + self.lora.upper(low[min(i, 1)], hooks, i) for i, y in enumerate((q, k, v)))
         return q, k, v
 
 
@@ -162,6 +186,7 @@ class Layer(nnx.Module):
         self.up = Linear(keys[2], (dim, 4 * dim), ("embed", "mlp"), deviation)
         self.down = Linear(keys[3], (4 * dim, dim), ("mlp", "embed"), deviation)
         self.residual_after_norm = config.residual_after_norm
+        self.causal = config.causal
 
     def __call__(
         self,
@@ -176,7 +201,7 @@ class Layer(nnx.Module):
         queried = a
         if positions is not None:
             queried, x = take_positions(a, positions), take_positions(x, positions)
-        context = attention(*self.qkv(queried, a, hooks), segments, slopes, positions)
+        context = attention(*self.qkv(queried, a, hooks), segments, slopes, positions, causal=self.causal)
         x = (queried if self.residual_after_norm else x) + self.out(context, hooks)
         m = self.mlp_norm(x)
         hidden = jax.nn.gelu(self.up(m, hooks), approximate=True)
@@ -185,6 +210,10 @@ class Layer(nnx.Module):
 
 class Bloom(nnx.Module):
     """The decoder. Layers 0 … layers − 2 are stacked in `layers` (absent for one layer), the last is `last_layer`."""
+
+    upper_layers: Layer | None = None
+    """The upper part of the stack, where it trains and the lower one does not."""
+    token_rows: TokenRows | None = None
 
     def __init__(self, key: Array, config: BloomConfig):
         table_key, last_key, *layer_keys = jax.random.split(key, 1 + config.layers)
@@ -217,7 +246,7 @@ class Bloom(nnx.Module):
             layer_checkpoint: a key of `LAYER_CHECKPOINTS`.
         """
         slopes = jnp.asarray(alibi_slopes(self.config.heads))
-        x = self.table_norm(hooks.lookup(self.table, tokens, dtype))
+        x = self._embedded(tokens, dtype, hooks)
         x, _ = self._stacked_layers(x, segments, slopes, hooks, layer_checkpoint=layer_checkpoint)
         x = self.last_layer(x, segments, slopes, hooks, positions)
         return self.final_norm(x.astype(jnp.float32))
@@ -236,11 +265,16 @@ class Bloom(nnx.Module):
         `segments` and `dtype` as in `states`. For comparisons: they are `layers + 1` times the memory of the last.
         """
         slopes = jnp.asarray(alibi_slopes(self.config.heads))
-        embedded = self.table_norm(hooks.lookup(self.table, tokens, dtype))
+        embedded = self._embedded(tokens, dtype, hooks)
         x, between = self._stacked_layers(embedded, segments, slopes, hooks, keep=True)
         final = self.final_norm(self.last_layer(x, segments, slopes, hooks).astype(jnp.float32))
         before = [embedded[None]] if between is None else [embedded[None], between]
         return jnp.concatenate([*(states.astype(jnp.float32) for states in before), final[None]])
+
+    def _embedded(self, tokens: Int[Array, "rows length"], dtype: Any, hooks: Hooks) -> Float[Array, "rows length dim"]:
+        """The stream before the first layer."""
+        x = hooks.lookup(self.table, tokens, dtype)
+        return self.table_norm(x if self.token_rows is None else self.token_rows(x, tokens, hooks))
 
     def _stacked_layers(
         self,
@@ -262,7 +296,11 @@ class Bloom(nnx.Module):
 
         if layer_checkpoint != "none":
             body = jax.checkpoint(body, policy=LAYER_CHECKPOINTS[layer_checkpoint])
-        return jax.lax.scan(body, x, self.layers)
+        x, between = jax.lax.scan(body, x, self.layers)
+        if self.upper_layers is None:
+            return x, between
+        x, above = jax.lax.scan(body, x, self.upper_layers)
+        return x, None if between is None or above is None else jnp.concatenate([between, above])
 
 
 def weight_map(config: BloomConfig) -> tuple[WeightRule, ...]:

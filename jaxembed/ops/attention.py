@@ -1,4 +1,4 @@
-"""Causal attention inside packed segments: the plain implementation, which all kernels are measured against."""
+"""Attention inside packed segments: the plain implementation, which all kernels are measured against."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 BLOCK = 64
-"""Queries that are scored at once. Keys after a block's last query are never touched, which halves the work."""
+"""Queries that are scored at once. Causal, keys after a block's last query are never touched: half of the work."""
 
 
 def attention(
@@ -17,13 +17,17 @@ def attention(
     segments: Int[Array, "rows length"],
     slopes: Float[Array, " heads"] | None = None,
     positions: Int[Array, "rows queries"] | None = None,
+    *,
+    causal: bool = True,
 ) -> Float[Array, "rows queries heads head_dim"]:
-    """softmax(q kᵀ / √head_dim + slope · (key − query)) v over the keys of a query's own segment up to itself.
+    """softmax(q kᵀ / √head_dim + slope · (key − query)) v over the keys of a query's own segment.
 
     Args:
         segments: the text that each key belongs to; padding (0) attends to padding, which nobody reads.
         slopes: ALiBi's, or None for none. Positions are those in the row: softmax takes differences only.
         positions: where in the row each query stands; −1, an empty slot, reads as 0. None: query i stands at i.
+        causal: over the keys up to the query itself; False: over those after it too, whose ALiBi term is positive, as
+            in transformers, where it depends on the key alone (`build_alibi_tensor` of modeling_bloom.py).
 
     The softmax is in float32, the result in the dtype of `v`.
     """
@@ -31,13 +35,18 @@ def attention(
     if positions is not None:
         positions = jnp.maximum(positions, 0)
         own = jnp.take_along_axis(segments, positions, axis=1, mode="clip")
-        return _attend(q, k, v, segments, own, positions, slopes)
+        return _attend(q, k, v, segments, own, positions, slopes, causal)
     blocks = [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
     place = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    outputs = [
-        _attend(q[:, b], k[:, : b.stop], v[:, : b.stop], segments[:, : b.stop], segments[:, b], place[:, b], slopes)
-        for b in blocks
-    ]
+    outputs = []
+    for block in blocks:
+        keys = slice(block.stop if causal else length)
+        outputs.append(
+            _attend(
+                q[:, block], k[:, keys], v[:, keys], segments[:, keys], segments[:, block], place[:, block], slopes,
+                causal,
+            )
+        )  # fmt: skip
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
 
@@ -49,9 +58,12 @@ def _attend(
     query_segments: Int[Array, "rows queries"],
     positions: Int[Array, "rows queries"],
     slopes: Float[Array, " heads"] | None,
+    causal: bool,
 ) -> Float[Array, "rows queries heads head_dim"]:
     distance = jnp.arange(k.shape[1]) - positions[:, :, None]
-    visible = (distance <= 0) & (key_segments[:, None, :] == query_segments[:, :, None])
+    visible = key_segments[:, None, :] == query_segments[:, :, None]
+    if causal:
+        visible = (distance <= 0) & visible
     scores = jnp.einsum("rqhd,rkhd->rhqk", q / math.sqrt(q.shape[-1]), k, preferred_element_type=jnp.float32)
     if slopes is not None:
         scores = scores + slopes[:, None, None] * distance[:, None].astype(jnp.float32)

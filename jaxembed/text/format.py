@@ -23,7 +23,16 @@ UDEVER_MARKERS = ("[BOQ]", "[EOQ]", "[BOD]", "[EOD]")
 
 RoleName = Literal["query", "document"]
 LiteralMarkers = Literal["token", "text"]
+Pooling = Literal["last", "mean", "weighted_mean", "first"]
 ROLES: tuple[RoleName, ...] = get_args(RoleName)
+
+SENTENCE_TRANSFORMERS_POOLING: Mapping[Pooling, tuple[str, str]] = {
+    "last": ("lasttoken", "pooling_mode_lasttoken"),
+    "mean": ("mean", "pooling_mode_mean_tokens"),
+    "weighted_mean": ("weightedmean", "pooling_mode_weightedmean_tokens"),
+    "first": ("cls", "pooling_mode_cls_token"),
+}
+"""Names in sentence-transformers' Pooling: the value of `pooling_mode`, and the older boolean key."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +62,24 @@ class TextFormat:
     Attributes:
         max_length: tokens of a sequence at most, markers and end token included; a longer text loses its tail, never
             the end token.
-        pooling: the token whose hidden state is the embedding; only "last" is supported yet.
+        pooling: which hidden states are the embedding: that of the "last" or of the "first" token, the "mean" of all,
+            or their "weighted_mean", by their place in the sequence: 1, 2, … (SGPT).
+        include_prompt: whether prefix and instruction count in means; False: pooling begins after as many tokens as the
+            prompt alone has, in sentence-transformers' way of counting. The last token is what it is.
         normalize: whether embeddings have unit length.
         literal_markers: what a marker that a user wrote into a text becomes: "token" as in every other reader of the
             exported model, or "text", which only jaxembed can do.
 
     Raises:
-        InputError: a value out of its range, or only one role with a suffix.
+        InputError: a value out of its range, only one role with a suffix, or `include_prompt` False and suffixes, which
+            sentence-transformers cannot have both.
     """
 
     query: Role = Role()
     document: Role = Role()
     max_length: int = 512
-    pooling: Literal["last"] = "last"
+    pooling: Pooling = "last"
+    include_prompt: bool = True
     normalize: bool = True
     literal_markers: LiteralMarkers = "token"
 
@@ -75,6 +89,11 @@ class TextFormat:
             raise InputError(
                 "text format: suffix: give both roles a suffix token, or neither (then the tokenizer's post-processor "
                 f"adds the end token); got query {self.query.suffix!r}, document {self.document.suffix!r}"
+            )
+        if self.has_suffixes and not self.include_prompt:
+            raise InputError(
+                "text format: include_prompt: false does not go with a suffix: sentence-transformers puts such texts "
+                "through a chat template, and leaves no prompt out there; the export would embed otherwise"
             )
 
     def role(self, name: str) -> Role:
@@ -119,10 +138,11 @@ def _check(values: Mapping[str, Any], where: str) -> None:
     length = values.get("max_length", 1)
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise InputError(f"{where}: max_length: expected a whole number of tokens ≥ 1, got {length!r}")
-    if values.get("pooling", "last") != "last":
-        raise InputError(f'{where}: pooling: only "last" is supported yet, got {values["pooling"]!r}')
-    if not isinstance(values.get("normalize", True), bool):
-        raise InputError(f"{where}: normalize: expected true or false, got {values['normalize']!r}")
+    if values.get("pooling", "last") not in get_args(Pooling):
+        raise InputError(f"{where}: pooling: expected {', '.join(get_args(Pooling))}, got {values['pooling']!r}")
+    for key in ("include_prompt", "normalize"):
+        if not isinstance(values.get(key, True), bool):
+            raise InputError(f"{where}: {key}: expected true or false, got {values[key]!r}")
     if values.get("literal_markers", "token") not in get_args(LiteralMarkers):
         raise InputError(f'{where}: literal_markers: expected "token" or "text", got {values["literal_markers"]!r}')
 
@@ -215,8 +235,11 @@ def _read_sentence_transformers(path: epath.Path) -> TextFormat:
     if "Pooling" not in modules:
         raise InputError(f"{path / 'modules.json'}: no Pooling module, so it isn't known which token is the embedding")
     pooling_file = modules["Pooling"] / "config.json"
-    if (pooling := _pooling_mode(read_json(pooling_file))) != "lasttoken":
-        raise InputError(f"{pooling_file}: pooling {pooling!r}: only the last token's (lasttoken) is supported yet")
+    pooling_config = read_json(pooling_file)
+    mode = _pooling_mode(pooling_config)
+    poolings: dict[Any, Pooling] = {names[0]: pooling for pooling, names in SENTENCE_TRANSFORMERS_POOLING.items()}
+    if mode not in poolings:
+        raise InputError(f"{pooling_file}: pooling {mode!r} is not supported; {', '.join(poolings)} are")
     transformer_file = modules.get("Transformer", path) / "sentence_bert_config.json"
     transformer = read_json(transformer_file) if transformer_file.exists() else {}
     if "message" in transformer.get("modality_config", {}):
@@ -234,6 +257,8 @@ def _read_sentence_transformers(path: epath.Path) -> TextFormat:
         query=Role(prefix=prompts.get("query", "")),
         document=Role(prefix=document),
         max_length=_max_length(path, transformer),
+        pooling=poolings[mode],
+        include_prompt=bool(pooling_config.get("include_prompt", True)),
         normalize="Normalize" in modules,
     )
 
@@ -247,10 +272,15 @@ def _modules(path: epath.Path) -> list[dict[str, Any]]:
 
 def _pooling_mode(config: dict[str, Any]) -> Any:
     """The mode in either schema: sentence-transformers 6's one key, or one boolean a mode."""
-    if "pooling_mode" in config:
-        return config["pooling_mode"]
-    prefix = "pooling_mode_"
-    return "+".join(key.removeprefix(prefix) for key, on in config.items() if key.startswith(prefix) and on)
+    if (mode := config.get("pooling_mode")) is not None:
+        modes = mode if isinstance(mode, list) else [mode]
+    else:
+        names = {key: mode for mode, key in SENTENCE_TRANSFORMERS_POOLING.values()}
+        prefix = "pooling_mode_"
+        keys = [key for key, on in config.items() if key.startswith(prefix) and on]
+        # Without any, sentence-transformers takes the mean.
+        modes = [names.get(key, key.removeprefix(prefix)) for key in keys] or ["mean"]
+    return "+".join(map(str, modes))
 
 
 def _max_length(path: epath.Path, transformer: dict[str, Any]) -> int:

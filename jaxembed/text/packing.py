@@ -19,6 +19,8 @@ class Rows:
     tokens: Int[np.ndarray, "rows length"]
     segments: Int[np.ndarray, "rows length"]
     """1, 2, … for the texts of a row, 0 for padding."""
+    first: Int[np.ndarray, "rows slots"]
+    """Position of each text's first token that may be pooled, −1 for an empty slot."""
     last: Int[np.ndarray, "rows slots"]
     """Position of each text's last token, −1 for an empty slot."""
     texts: Int[np.ndarray, "rows slots"]
@@ -76,11 +78,20 @@ def best_fit_rows(lengths: Int[np.ndarray, " texts"], row_length: int, slots: in
 
 
 def fill_rows(
-    texts: Sequence[Int[np.ndarray, " _"]], members: Sequence[Sequence[int]], shape: RowShape, pad: int = 0
+    texts: Sequence[Int[np.ndarray, " _"]],
+    members: Sequence[Sequence[int]],
+    shape: RowShape,
+    pad: int = 0,
+    skipped: Sequence[int] | Int[np.ndarray, " texts"] | None = None,
 ) -> Rows:
-    """Lays the texts of each row one after another; rows without members are padding."""
+    """Lays the texts of each row one after another; rows without members are padding.
+
+    Args:
+        skipped: of each text, how many leading tokens are not pooled; None: all are. The last token always is.
+    """
     tokens = np.full((shape.rows, shape.length), pad, np.int32)
     segments = np.zeros((shape.rows, shape.length), np.int32)
+    first = np.full((shape.rows, shape.slots), -1, np.int32)
     last = np.full((shape.rows, shape.slots), -1, np.int32)
     which = np.full((shape.rows, shape.slots), -1, np.int32)
     for row, inside in enumerate(members):
@@ -90,10 +101,11 @@ def fill_rows(
             stop = start + len(ids)
             tokens[row, start:stop] = ids
             segments[row, start:stop] = slot + 1
+            first[row, slot] = start if skipped is None else min(start + skipped[text], stop - 1)
             last[row, slot] = stop - 1
             which[row, slot] = text
             start = stop
-    return Rows(tokens, segments, last, which)
+    return Rows(tokens, segments, first, last, which)
 
 
 def call_shapes(max_length: int, tokens: int) -> tuple[RowShape, ...]:

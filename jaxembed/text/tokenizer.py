@@ -93,6 +93,21 @@ class TextTokenizer:
                 raise InputError(f"texts[{index}]: expected a string, got {type(text).__name__}: {text!r:.80}")
         return self._plans[role].encode(texts)
 
+    def with_format(self, text_format: TextFormat) -> TextTokenizer:
+        """The same tokenizer in another text format; raises as the constructor does."""
+        return TextTokenizer(self.tokenizer, text_format, self.special_tokens)
+
+    def skipped(self, role: RoleName) -> int:
+        """How many leading tokens of every sequence pooling leaves out; 0 where it includes the prompt.
+
+        As sentence-transformers counts them (`Transformer._get_prompt_length`): the prompt's tokens where it stands
+        alone, what the post-processor puts before it included. Where the tokenizer joins the prompt's end with the
+        text's beginning the border may be off by a token, there and here.
+        """
+        if self.text_format.include_prompt or not self.text_format.role(role).prompt:
+            return 0
+        return len(self._plans[role].encode([""])[0]) - 1
+
     @functools.cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer without text format, truncation and padding; a copy that `self` does not use."""

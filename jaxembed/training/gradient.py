@@ -5,7 +5,6 @@ the loss on all embeddings. The whole is one `shard_map`, in which each chip com
 inside the differentiated function, one per gradient leaf after it, in float32, over the axes the leaf is not split by.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,79 +13,43 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jaxembed.models.bloom import LAYER_CHECKPOINTS
+from jaxembed.models.pooled import pooled_states
 from jaxembed.ops.norms import unit_norm
 from jaxembed.sharding import BATCH_AXES, Chips, Hooks, partition_specs
-from jaxembed.training.losses import automatic_tile, info_nce
+from jaxembed.training.batch import BATCH_SPECS, Batch
+from jaxembed.training.objective import LossOptions, batch_losses
+
+LOG_TEMPERATURE = "log_temperature"
+"""Name, beside the decoder's parameters, of a temperature that is learned."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One global batch: packed rows, and where in them each text of the loss is found.
-
-    `chips` is data × fsdp; `capacity` slots of each chip are gathered, chosen by the packer.
-    """
-
-    tokens: Int[Array, "chunks rows length"]
-    segments: Int[Array, "chunks rows length"]
-    last: Int[Array, "chunks rows slots"]
-    pick: Int[Array, " chips*capacity"]
-    """Slots that hold a text, numbered within their chip's part of `last`."""
-    own: Int[Array, " queries"]
-    """Place of each query among the gathered slots."""
-    candidates: Int[Array, " candidates"]
-    """Place of each document among the gathered slots."""
-    positives: Int[Array, " queries"]
-    """Number of each query's positive among the candidates."""
-    valid: Bool[Array, " candidates"]
-    """False where an example has no further negative."""
-    data_set: Int[Array, " queries"]
-    """Number of the data set each query comes from."""
+def with_temperature(trainable: nnx.State, temperature: float) -> nnx.State:
+    """The trainable part with the logarithm of a learned temperature as one more scalar."""
+    scalar = nnx.Param(jnp.log(jnp.float32(temperature)), axes=())
+    return nnx.merge_state(trainable, nnx.State({LOG_TEMPERATURE: scalar}))
 
 
-_ROWS: Any = PartitionSpec(None, BATCH_AXES)
-_SPLIT: Any = PartitionSpec(BATCH_AXES)
-_WHOLE: Any = PartitionSpec()
-BATCH_SPECS = Batch(
-    tokens=_ROWS,
-    segments=_ROWS,
-    last=_ROWS,
-    pick=_SPLIT,
-    own=_SPLIT,
-    candidates=_WHOLE,
-    positives=_SPLIT,
-    valid=_WHOLE,
-    data_set=_SPLIT,
-)
-"""How each field is split over the chips."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """What the loss is and what its computation may keep in memory."""
-
-    temperature: float = 0.05
-    tile: int | None = None
-    """Candidates a tile of logits; None chooses."""
-    dtype: Any = jnp.float32
-    """Of activations and of weights in products."""
-    chunk_checkpoint: str = "full"
-    layer_checkpoint: str = "none"
-    """Keys of `LAYER_CHECKPOINTS`: what a chunk, and a layer within it, keeps for the backward pass."""
-    data_sets: int = 1
+def without_temperature(trainable: nnx.State) -> tuple[nnx.State, Float[Array, ""] | None]:
+    """The decoder's trainable part, and the logarithm of the temperature where it is learned."""
+    if LOG_TEMPERATURE not in trainable:
+        return trainable, None
+    scalar, rest = nnx.split_state(trainable, lambda path, _: path == (LOG_TEMPERATURE,), ...)
+    variable: Any = scalar[LOG_TEMPERATURE]
+    return rest, variable[...]
 
 
 def embed_rows(
-    model: Any, tokens: Array, segments: Array, last: Array, options: LossOptions, hooks: Hooks
+    model: Any, tokens: Array, segments: Array, first: Array, last: Array, options: LossOptions, hooks: Hooks
 ) -> Float[Array, "rows slots dim"]:
     """Embeddings of every slot of packed rows, float32, of unit length: the loss compares by cosine."""
-    states = model.states(
-        tokens, segments, last, dtype=options.dtype, hooks=hooks, layer_checkpoint=options.layer_checkpoint
-    )
-    return unit_norm(states)
+    vectors = pooled_states(
+        model, tokens, segments, first, last, options.pooling,
+        dtype=options.dtype, hooks=hooks, layer_checkpoint=options.layer_checkpoint,
+    )  # fmt: skip
+    return unit_norm(vectors)
 
 
 def local_loss(
@@ -98,23 +61,17 @@ def local_loss(
     """
 
     def loss(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        trainable, log_temperature = without_temperature(trainable)
         model = nnx.merge(graph, trainable, frozen)
 
-        def embed(chunk: tuple[Array, Array, Array]) -> Array:
+        def embed(chunk: tuple[Array, Array, Array, Array]) -> Array:
             return embed_rows(model, *chunk, options, hooks)
 
         if options.chunk_checkpoint != "none" and batch.tokens.shape[0] > 1:
             embed = jax.checkpoint(embed, policy=LAYER_CHECKPOINTS[options.chunk_checkpoint])
-        embedded = jax.lax.map(embed, (batch.tokens, batch.segments, batch.last))
+        embedded = jax.lax.map(embed, (batch.tokens, batch.segments, batch.first, batch.last))
         everyone = hooks.everyone(embedded.reshape(-1, embedded.shape[-1])[batch.pick])
-        losses = info_nce(
-            everyone[batch.own],
-            everyone[batch.candidates],
-            batch.positives,
-            batch.valid,
-            options.temperature,
-            options.tile or automatic_tile(queries, batch.candidates.size),
-        )
+        losses = batch_losses(everyone, batch, options, log_temperature)
         members = batch.data_set == jnp.arange(options.data_sets)[:, None]
         by_data_set = jnp.stack([jnp.where(members, losses, 0.0).sum(1), members.sum(1).astype(jnp.float32)])
         return losses.sum() / queries, by_data_set
@@ -163,9 +120,7 @@ def global_value_and_grad(
     def per_chip(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> Any:
         vary = partial(jax.lax.pcast, to="varying")  # changes types alone: nothing may be summed inside a loop
         trainable, frozen = each(vary, trainable, trainable_specs), each(vary, frozen, frozen_specs)
-        batch = dataclasses.replace(
-            batch, candidates=vary(batch.candidates, BATCH_AXES), valid=vary(batch.valid, BATCH_AXES)
-        )
+        batch = each(vary, batch, BATCH_SPECS)
         (loss, by_data_set), gradient = jax.value_and_grad(chip_loss, has_aux=True)(trainable, frozen, batch)
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
         return jax.lax.psum((loss, by_data_set), BATCH_AXES), each(jax.lax.psum, gradient, trainable_specs)

@@ -18,21 +18,24 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from jaxembed.checkpoint.export import refuse_existing
 from jaxembed.checkpoint.huggingface import weights_hash
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
-from jaxembed.checkpoint.pretrained import Decoder
+from jaxembed.checkpoint.pretrained import Decoder, merged_decoder
 from jaxembed.config import TrainConfig
 from jaxembed.data.loader import Batches, iterate
 from jaxembed.data.sources import Examples
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
-from jaxembed.evaluation.dev_set import DevSet
-from jaxembed.sharding import compute_dtype, make_mesh
-from jaxembed.training.filters import TRAINABLE
-from jaxembed.training.gradient import LossOptions
+from jaxembed.evaluation.dev_set import DevSet, GradedSet, Reading, dev_set
+from jaxembed.sharding import make_mesh
+from jaxembed.training.filters import trains
+from jaxembed.training.gradient import with_temperature, without_temperature
 from jaxembed.training.metrics import MetricsWriter, StepLog
 from jaxembed.training.prepare import (
+    is_symmetric,
+    loss_options,
     parameter_dtype,
     prepare_batches,
     prepare_decoder,
+    prepare_parts,
     prepare_tokenizer,
     read_sources,
 )
@@ -43,6 +46,7 @@ from jaxembed.training.report import (
     print_results,
     start_line,
     write_model,
+    write_run_adapter,
     write_run_files,
 )
 from jaxembed.training.step import (
@@ -131,32 +135,32 @@ def _run(
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     examples = read_sources(config.data.train, config.data)
-    dev_sets = [DevSet.of(found) for found in read_sources(config.data.dev, config.data)]
+    dev_sets = [
+        dev_set(found, Reading(section.query_instruction, section.document_instruction, is_symmetric(section, found)))
+        for section, found in zip(config.data.dev, read_sources(config.data.dev, config.data))
+    ]
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"run_dir: cannot make the directory {directory}: {error}") from error
     tokenizer = prepare_tokenizer(config, examples, directory / "tokenizer", resume=resume)
     decoder = prepare_decoder(config, tokenizer, mesh, parameter_dtype(config))
+    options = loss_options(config, examples, tokenizer.text_format, decoder.config.dim)
     batches = prepare_batches(config, examples, tokenizer, mesh, decoder.config.dim)
     progress.steps = steps = len(batches)
 
-    graph, trainable, frozen = nnx.split(decoder.model, TRAINABLE[config.training.trainable], ...)
+    known_base = None if config.training.trainable == "full" else base_hash(decoder)
+    decoder = prepare_parts(config, decoder, tokenizer, mesh)
+    graph, trainable, frozen = nnx.split(decoder.model, trains(config.training, decoder.config.layers), ...)
     trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    if config.loss.learn_temperature:
+        trainable = with_temperature(trainable, config.loss.temperature)
     optimizer = make_optimizer(config.optimizer, steps)
-    options = LossOptions(
-        temperature=config.loss.temperature,
-        tile=config.loss.tile,
-        dtype=compute_dtype(config.model.compute_dtype),
-        chunk_checkpoint=config.training.chunk_checkpoint,
-        layer_checkpoint=config.model.layer_checkpoint,
-        data_sets=len(examples),
-    )
     step = make_step(graph, trainable, frozen, optimizer, options, config.training.batch_size, mesh)
     state = initial_state(optimizer, trainable, mesh)
     embedder = Embedder(decoder, tokenizer, dtype=config.model.compute_dtype)
 
-    identity = {"plan": batches.schedule.hash, "base": config.model.path, "base_hash": base_hash(decoder, frozen)}
+    identity = {"plan": batches.schedule.hash, "base": config.model.path, "base_hash": known_base}
     with TrainingCheckpoints(directory / "checkpoints", config.checkpoint.keep) as checkpoints:
         start = 0
         if resume and (found := restore(checkpoints, state, identity)) is not None:
@@ -184,7 +188,8 @@ def _run(
             for name, values in after.items():
                 dev[name]["after"] = values
     termination.now("the export")
-    model = write_model(config, embedder, examples, dev)
+    model = write_model(config, _merged_embedder(embedder), examples, dev)
+    write_run_adapter(config, embedder)
     print_results(config, dev, dev_sets, embedder, model)
     return Result(done, True, model, dev)
 
@@ -331,12 +336,19 @@ def _stop_if_not_finite(
 
 
 def _merged(state: TrainState, frozen: nnx.State) -> nnx.State:
-    return nnx.merge_state(state.trainable, frozen)
+    return nnx.merge_state(without_temperature(state.trainable)[0], frozen)
+
+
+def _merged_embedder(embedder: Embedder) -> Embedder:
+    """The same model without parts of their own, as it is exported."""
+    decoder = dataclasses.replace(embedder.decoder, model=embedder.model)
+    merged = merged_decoder(decoder)
+    return embedder if merged is decoder else Embedder(merged, embedder.tokenizer, dtype=embedder.dtype.name)
 
 
 def _evaluate(
     config: TrainConfig,
-    dev_sets: list[DevSet],
+    dev_sets: list[DevSet | GradedSet],
     embedder: Embedder,
     weights: nnx.State,
     metrics: MetricsWriter,
@@ -355,7 +367,11 @@ def _evaluate(
 
 
 def _evaluate_before(
-    config: TrainConfig, directory: epath.Path, dev_sets: list[DevSet], embedder: Embedder, metrics: MetricsWriter
+    config: TrainConfig,
+    directory: epath.Path,
+    dev_sets: list[DevSet | GradedSet],
+    embedder: Embedder,
+    metrics: MetricsWriter,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics at step 0 and of BM25; a resumed run reads what it found then."""
     path = directory / "dev_before.json"
@@ -388,9 +404,7 @@ def _refuse_other_data(directory: epath.Path, batches: Batches) -> None:
         )
 
 
-def base_hash(decoder: Decoder, frozen: nnx.State) -> str | None:
-    """The `WeightsHash` of the decoder as training finds it, None where all of it trains."""
-    if not nnx.to_flat_state(frozen):
-        return None
+def base_hash(decoder: Decoder) -> str:
+    """The `WeightsHash` of the decoder as training finds it."""
     state = {tuple(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(decoder.model))}
     return weights_hash(state, decoder.family.weight_map(decoder.config), decoder.config.layers)

@@ -96,6 +96,8 @@ class StepLog:
             "tokens_per_second": tokens / seconds,
             "density": tokens / positions,
         }
+        if fetched[-1].temperature is not None:
+            values["temperature"] = float(fetched[-1].temperature)
         sums = np.sum([m.by_data_set for m in fetched], axis=0)
         if len(self._names) > 1:
             values |= {f"loss/{name}": float(a / n) for name, a, n in zip(self._names, *sums) if n}

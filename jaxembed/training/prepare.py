@@ -1,7 +1,9 @@
 """What a run needs before its first step: examples, tokenizer, decoder, batches. Each from the config alone."""
 
+import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,55 +12,129 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from jaxembed.checkpoint.hub import find_directory
+from jaxembed.checkpoint.huggingface import read_config
+from jaxembed.checkpoint.peft import base_directory, tokenizer_directory
 from jaxembed.checkpoint.pretrained import Decoder, load_decoder, random_decoder
-from jaxembed.config import DataConfig, JsonlSource, PythonSource, RoleConfig, TrainConfig
-from jaxembed.data.loader import CHUNK_TOKENS, Batches, RowLayout, choose_layout, sample_lengths, tokenize_examples
-from jaxembed.data.plan import run_plan
+from jaxembed.config import (
+    BeirSource,
+    DataConfig,
+    JsonlSource,
+    RoleConfig,
+    SetLossConfig,
+    Source,
+    TfdsSource,
+    TrainConfig,
+    TrainingConfig,
+)
+from jaxembed.data.beir import read_beir
+from jaxembed.data.loader import (
+    CHUNK_TOKENS,
+    Batches,
+    RowLayout,
+    TextTable,
+    choose_layout,
+    sample_lengths,
+    tokenize_examples,
+)
+from jaxembed.data.plan import DataSet, Mixing, run_plan
 from jaxembed.data.python_source import harvest_python
-from jaxembed.data.sources import Examples, read_jsonl, summary
+from jaxembed.data.sources import Examples, read_jsonl, read_rows, summary
 from jaxembed.errors import InputError
 from jaxembed.models import FAMILIES, Family
-from jaxembed.text.format import DEFAULT_TEXT_FORMAT, Role, TextFormat, write_json
-from jaxembed.text.tokenizer import TextTokenizer, load_tokenizer, train_byte_level_bpe, with_end_token
+from jaxembed.models.pooled import check_pooling
+from jaxembed.sharding import compute_dtype, named_shardings, partition_specs
+from jaxembed.text.format import DEFAULT_TEXT_FORMAT, Role, RoleName, TextFormat, write_json
+from jaxembed.text.tokenizer import TextTokenizer, load_tokenizer, train_byte_level_bpe, with_end_token, with_markers
+from jaxembed.training.filters import with_parts
+from jaxembed.training.objective import LossOptions, SetLoss
 
 logger = logging.getLogger(__name__)
+
+TOKEN_CACHE = "~/.cache/jaxembed/tokens"
+
+_MARKER = re.compile(r"\[\w+\]|<\S+>")
 
 DENSE = 0.85
 """Density of the rows below which a run warns."""
 
 
-def read_sources(sources: Sequence[JsonlSource | PythonSource], config: DataConfig) -> list[Examples]:
+def read_sources(sources: Sequence[Source], config: DataConfig) -> list[Examples]:
     """The examples of each source, with one logged line of counts for each.
 
     Raises:
-        InputError: a source that is missing, empty, or has a bad row while `data.bad_rows` is "error".
+        InputError: a source that is missing, empty, in no known format, or has a bad row while `data.bad_rows` is
+            "error".
     """
     found = []
     for source in sources:
-        if isinstance(source, JsonlSource):
-            examples = read_jsonl(
-                source.path,
-                name=source.name,
-                anchor=source.anchor,
-                positive=source.positive,
-                negatives=source.negatives,
-                bad_rows=config.bad_rows,
-            )
-        else:
-            examples = harvest_python(
-                name=source.name,
-                path=source.path,
-                packages=source.packages,
-                held_out=source.held_out,
-                part=source.part,
-            )
+        examples = _read_source(source, config)
         logger.info("%s", summary(examples))
         found.append(examples)
     return found
+
+
+def _read_source(source: Source, config: DataConfig) -> Examples:
+    cache_dir = config.cache_dir or TOKEN_CACHE
+    if isinstance(source, JsonlSource) and source.named_columns:
+        return read_jsonl(
+            source.path,
+            name=source.name,
+            anchor=source.anchor or "anchor",
+            positive=source.positive or "positive",
+            negatives=source.negatives,
+            score=source.score,
+            split=source.split,
+            bad_rows=config.bad_rows,
+        )
+    if isinstance(source, JsonlSource):
+        return read_rows(
+            source.path,
+            name=source.name,
+            format=source.format,
+            corpus=source.corpus,
+            split=source.split,
+            label_negatives=source.label_negatives,
+            seed=source.seed,
+            cache_dir=cache_dir,
+            bad_rows=config.bad_rows,
+        )
+    if isinstance(source, BeirSource):
+        return read_beir(
+            source.path,
+            name=source.name,
+            split=source.split,
+            corpus=source.corpus,
+            queries=source.queries,
+            qrels=source.qrels,
+            mined=source.mined,
+            mined_negatives=source.mined_negatives,
+            cache_dir=cache_dir,
+            bad_rows=config.bad_rows,
+        )
+    if isinstance(source, TfdsSource):
+        from jaxembed.datasets.prepared import read_prepared  # tfds takes a second to import
+
+        return read_prepared(
+            source.dataset,
+            name=source.name,
+            data_dir=source.data_dir,
+            manual_dir=source.manual_dir,
+            split=source.split,
+        )
+    return harvest_python(
+        name=source.name,
+        path=source.path,
+        packages=source.packages,
+        held_out=source.held_out,
+        part=source.part,
+    )
 
 
 def configured_format(config: TrainConfig) -> TextFormat | None:
@@ -75,9 +151,29 @@ def configured_format(config: TrainConfig) -> TextFormat | None:
         document=role(section.document),
         max_length=section.max_length,
         pooling=section.pooling,
+        include_prompt=section.include_prompt,
         normalize=section.normalize,
         literal_markers=section.literal_markers,
     )
+
+
+def is_symmetric(source: Source, examples: Examples) -> bool:
+    """Whether the source's documents are read as queries too."""
+    return examples.graded if source.symmetric is None else source.symmetric
+
+
+def source_tokenizer(
+    tokenizer: TextTokenizer, source: Source, examples: Examples
+) -> tuple[TextTokenizer, tuple[RoleName, RoleName]]:
+    """The tokenizer with the source's own instructions, and the roles of its anchors and its documents."""
+    format = tokenizer.text_format
+    roles: tuple[RoleName, RoleName] = ("query", "query" if is_symmetric(source, examples) else "document")
+    own = {
+        role: dataclasses.replace(format.role(role), instruction=instruction)
+        for role, instruction in (("query", source.query_instruction), ("document", source.document_instruction))
+        if instruction is not None
+    }
+    return (tokenizer.with_format(dataclasses.replace(format, **own)) if own else tokenizer), roles
 
 
 def prepare_tokenizer(
@@ -88,7 +184,8 @@ def prepare_tokenizer(
         return TextTokenizer.from_directory(saved)
     text_format = configured_format(config)
     if config.model.path is not None:
-        tokenizer = _tokenizer_of_model(find_directory(config.model.path), text_format)
+        directory = find_directory(config.model.path)
+        tokenizer = _tokenizer_of_model(tokenizer_directory(directory, base_directory(directory)), text_format)
     else:
         text_format = text_format or DEFAULT_TEXT_FORMAT
         if config.tokenizer.path is not None:
@@ -100,7 +197,7 @@ def prepare_tokenizer(
             raw = train_byte_level_bpe(
                 texts, config.tokenizer.train_vocab_size, split_identifiers=config.tokenizer.split_identifiers
             )
-        tokenizer = TextTokenizer(raw, text_format)
+        tokenizer = TextTokenizer(_with_own_markers(raw, text_format), text_format)
     saved.mkdir(parents=True, exist_ok=True)
     tokenizer.save(saved)
     write_json(saved / "tokenizer_config.json", tokenizer.special_tokens)
@@ -115,22 +212,82 @@ def _tokenizer_of_model(directory: Path, text_format: TextFormat | None) -> Text
         except InputError as error:
             logger.info("%s; using the default text format", error)
             text_format = DEFAULT_TEXT_FORMAT
+    raw = load_tokenizer(directory / "tokenizer.json")
+    marked = _with_own_markers(raw, text_format)
+    if marked is not raw:
+        rows = read_config(directory).get("vocab_size", 0)
+        if marked.get_vocab_size() > rows:
+            raise InputError(
+                f"{directory}: the vocabulary table has {rows:,} rows, too few for {marked.get_vocab_size():,} tokens: "
+                "there are no spare rows for the markers of text_format; use a prefix of plain text and no suffix"
+            )
+        return TextTokenizer(marked, text_format)
     try:
         return TextTokenizer.from_directory(directory, text_format)
     except InputError:
         end = "</s>"
-        raw = load_tokenizer(directory / "tokenizer.json")
         if text_format.has_suffixes or raw.token_to_id(end) is None:
             raise
         logger.info("the tokenizer adds no end token; every text will end with %s", end)
         return TextTokenizer(with_end_token(raw, end), text_format)
 
 
+def _with_own_markers(raw: tokenizers.Tokenizer, text_format: TextFormat) -> tokenizers.Tokenizer:
+    """With the format's markers that the tokenizer lacks (suffixes, and prefixes such as `[BOQ]`) as new tokens."""
+    wanted = [
+        marker
+        for role in (text_format.query, text_format.document)
+        for marker in ([role.prefix] if _MARKER.fullmatch(role.prefix) else []) + ([role.suffix] if role.suffix else [])
+    ]
+    added = {token.content for token in raw.get_added_tokens_decoder().values()}
+    missing = [marker for marker in dict.fromkeys(wanted) if marker not in added]
+    if not missing:
+        return raw
+    marked = with_markers(raw, missing)
+    ids = ", ".join(f"{marker} = {marked.token_to_id(marker)}" for marker in missing)
+    logger.info("markers that the tokenizer lacked are new tokens: %s", ids)
+    return marked
+
+
 def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, dtype: Any) -> Decoder:
-    """The decoder to train, loaded or with random weights, its parameters in `dtype`."""
+    """The decoder to train, loaded or with random weights, its parameters in `dtype`.
+
+    Raises:
+        InputError: it cannot be loaded, the mesh does not divide it, or the pooling does not suit its attention.
+    """
     if config.model.path is not None:
-        return load_decoder(find_directory(config.model.path), dtype=dtype, mesh=mesh)
-    return random_decoder(*scratch_decoder(config, tokenizer), config.seed, mesh)
+        directory = find_directory(config.model.path)
+        decoder = load_decoder(directory, dtype=dtype, mesh=mesh, attention=config.model.attention)
+    else:
+        decoder = random_decoder(*scratch_decoder(config, tokenizer), config.seed, mesh)
+    check_pooling(tokenizer.text_format.pooling, decoder.config.causal)
+    return decoder
+
+
+def prepare_parts(config: TrainConfig, decoder: Decoder, tokenizer: TextTokenizer, mesh: Mesh) -> Decoder:
+    """The decoder with parameters of their own for what trains in part, each where it will live.
+
+    Raises:
+        InputError: `training` names a token that the tokenizer does not have, or more layers than there are.
+    """
+    tokens = train_token_ids(config.training, tokenizer)
+    model = with_parts(decoder.model, config.training, decoder.config.layers, tokens, config.seed)
+    if model is decoder.model:
+        return decoder
+    graph, state = nnx.split(model)
+    state = jax.device_put(state, named_shardings(partition_specs(state), mesh))
+    return dataclasses.replace(decoder, model=nnx.merge(graph, state))
+
+
+def train_token_ids(config: TrainingConfig, tokenizer: TextTokenizer) -> list[int]:
+    """The ids of `training.train_tokens`. Raises `InputError` for what is no token."""
+    ids = []
+    for index, token in enumerate(config.train_tokens):
+        found = tokenizer.tokenizer.token_to_id(token)
+        if found is None:
+            raise InputError(f"training.train_tokens.{index}: {token!r} is no token of the tokenizer")
+        ids.append(found)
+    return ids
 
 
 def scratch_decoder(config: TrainConfig, tokenizer: TextTokenizer) -> tuple[Family, Any]:
@@ -150,6 +307,7 @@ def scratch_decoder(config: TrainConfig, tokenizer: TextTokenizer) -> tuple[Fami
         heads=scratch.heads,
         epsilon=scratch.layer_norm_epsilon,
         initializer_range=scratch.initializer_range,
+        causal=config.model.attention != "bidirectional",
     )
     return family, shape
 
@@ -158,6 +316,118 @@ def parameter_dtype(config: TrainConfig) -> Any:
     """What is loaded: float32 where everything trains, what the config says for a frozen base."""
     frozen = config.training.trainable != "full"
     return jnp.dtype("float32" if config.model.param_dtype == "auto" or not frozen else config.model.param_dtype)
+
+
+def loss_options(config: TrainConfig, examples: Sequence[Examples], text_format: TextFormat, dim: int) -> LossOptions:
+    """The loss of every data set, and how it is computed.
+
+    Raises:
+        InputError: a loss that its data has not what it takes for, or Matryoshka dimensions that the model has not.
+    """
+    loss = config.loss
+    sets = tuple(
+        _set_loss(config, source, found, f"data.train.{number}")
+        for number, (source, found) in enumerate(zip(config.data.train, examples))
+    )
+    if loss.learn_temperature and not any(
+        each.contrastive_weight and each.contrastive_temperature is None for each in sets
+    ):
+        raise InputError("loss.learn_temperature: no source has InfoNCE at the run's temperature, to train it")
+    wide = [size for size in loss.matryoshka_dims if size > dim]
+    if wide:
+        raise InputError(f"loss.matryoshka_dims: {wide[0]}, but embeddings have {dim} dimensions")
+    if loss.matryoshka_dims and dim not in loss.matryoshka_dims:
+        logger.warning("loss.matryoshka_dims lacks %d, all dimensions: the whole embedding is not trained", dim)
+    return LossOptions(
+        temperature=loss.temperature,
+        least_temperature=loss.least_temperature,
+        tile=loss.tile,
+        dtype=compute_dtype(config.model.compute_dtype),
+        chunk_checkpoint=config.training.chunk_checkpoint,
+        layer_checkpoint=config.model.layer_checkpoint,
+        data_sets=len(examples),
+        pooling=text_format.pooling,
+        sets=sets,
+        mask_duplicates=loss.mask_duplicates,
+        mask_known=loss.mask_known,
+        spread_out=loss.spread_out,
+        spread_out_mean=loss.spread_out_mean,
+        matryoshka=tuple(zip(loss.matryoshka_dims, loss.matryoshka_weights or [1.0] * len(loss.matryoshka_dims))),
+    )
+
+
+def _set_loss(config: TrainConfig, source: Source, examples: Examples, key: str) -> SetLoss:
+    run, own = config.loss, source.loss or SetLossConfig()
+    negatives = config.training.negatives != 0 and bool(examples.negative_counts.any())
+    kind = own.kind or ("cosent" if examples.graded else "info_nce")
+    if kind != "info_nce" and examples.scores is None:
+        raise InputError(f"{key}.loss.kind: {kind} needs scores, and {examples.name} has none")
+    if kind in ("kl", "margin_mse") and (examples.graded or not negatives):
+        raise InputError(f"{key}.loss.kind: {kind} needs hard negatives with scores, and {examples.name} has none")
+    if not source.in_batch and kind != "cosent" and not negatives:
+        raise InputError(f"{key}.in_batch: false leaves a query its hard negatives, and {examples.name} has none")
+
+    def of(name: str) -> Any:
+        value = getattr(own, name)
+        return getattr(run, name) if value is None else value
+
+    return SetLoss(
+        kind=kind,
+        weight=own.weight,
+        temperature=own.temperature,
+        teacher_temperature=own.teacher_temperature or 1.0,
+        info_nce_weight=own.info_nce_weight,
+        in_batch=source.in_batch,
+        hard_negatives=of("hard_negatives"),
+        query_query=of("query_query"),
+        document_document=of("document_document"),
+        document_query=of("document_query"),
+        margin=of("mask_margin"),
+        focal=of("focal_gamma"),
+    )
+
+
+def _scores(examples: Sequence[Examples], columns: int) -> Float[np.ndarray, "examples columns"] | None:
+    """The scores of all examples, of as many documents as are read; None where no source has any."""
+    if all(found.scores is None for found in examples):
+        return None
+    scores = np.full((sum(map(len, examples)), columns), np.nan, np.float32)
+    start = 0
+    for found in examples:
+        if found.scores is not None:
+            given = found.scores[:, :columns]
+            scores[start : start + len(found), : given.shape[1]] = given
+        start += len(found)
+    return scores
+
+
+def prepare_texts(
+    config: TrainConfig, examples: Sequence[Examples], tokenizer: TextTokenizer
+) -> tuple[TextTable, list[DataSet]]:
+    """The token ids of all texts that training needs, and the data sets as rows of them; tokenises what is not cached.
+
+    Raises:
+        InputError: more hard negatives a query are asked for than any source has.
+    """
+    cache_dir = os.path.expanduser(config.data.cache_dir or TOKEN_CACHE)
+    sections = config.data.train
+    held = [int(source.negative_counts.max(initial=0)) for source in examples]
+    wanted = config.training.negatives
+    if wanted is not None and wanted > max(held):
+        raise InputError(
+            f"training.negatives: {wanted} hard negatives a query, but the sources have {max(held)} at most"
+        )
+    limits = []
+    for place, (section, most) in enumerate(zip(sections, held)):
+        own = section.hard_negatives
+        if own is not None and own > most:
+            raise InputError(
+                f"data.train.{place}.hard_negatives: {own} hard negatives a query, but {section.name} has {most}"
+            )
+        limits.append(own if own is not None else most if wanted is None else min(wanted, most))
+    readers = [source_tokenizer(tokenizer, section, found) for section, found in zip(sections, examples)]
+    weights = [section.weight for section in sections]
+    return tokenize_examples(examples, weights, tokenizer, cache_dir, max(limits), readers, limits)
 
 
 def prepare_batches(
@@ -174,13 +444,7 @@ def prepare_batches(
             f"training.batch_size: {config.training.batch_size} is not a multiple of the {chips} devices "
             "that share the batch (mesh.data × mesh.fsdp)"
         )
-    cache_dir = os.path.expanduser(config.data.cache_dir or "~/.cache/jaxembed/tokens")
-    weights = [source.weight for source in config.data.train]
-    held = max((len(row) for source in examples for row in source.negatives), default=0)
-    negatives = held if config.training.negatives is None else config.training.negatives
-    if negatives > held:
-        raise InputError(f"training.negatives: {negatives} hard negatives a query, but the sources have {held} at most")
-    table, data_sets = tokenize_examples(examples, weights, tokenizer, cache_dir, negatives)
+    table, data_sets = prepare_texts(config, examples, tokenizer)
     schedule = run_plan(
         data_sets,
         table.hashes,
@@ -188,6 +452,7 @@ def prepare_batches(
         config.seed,
         epochs=config.training.epochs,
         steps=config.training.steps,
+        mixing=Mixing(config.data.batches == "homogeneous", config.data.cap),
     )
     texts = np.concatenate([data_set.texts for data_set in data_sets])
     which = np.repeat(np.arange(len(data_sets)), [len(data_set.texts) for data_set in data_sets])
@@ -208,7 +473,8 @@ def prepare_batches(
     layout = choose(row_length=config.training.row_length, chunk_rows=config.training.chunk_rows)
     if layout.density < DENSE:
         logger.warning("%s", _sparse(layout, choose, config.training.chunk_rows))
-    return Batches(schedule, table, texts, which, layout, tokenizer.pad_id)
+    scores = _scores(examples, texts.shape[1] - 1)
+    return Batches(schedule, table, texts, which, layout, tokenizer.pad_id, scores)
 
 
 def _sparse(layout: RowLayout, choose: Callable[..., RowLayout], chunk_rows: int | None) -> str:

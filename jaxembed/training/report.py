@@ -1,12 +1,14 @@
 """What a run says about itself: its first line, its files, its model card, its last table."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,15 @@ import jax
 from etils import epath
 from flax import nnx
 
+from jaxembed.checkpoint.export import write_description
 from jaxembed.checkpoint.model_card import model_card
+from jaxembed.checkpoint.peft import is_adapter, named_base, write_adapter
 from jaxembed.checkpoint.pretrained import Decoder
 from jaxembed.config import TrainConfig, dump_config
 from jaxembed.data.loader import Batches
 from jaxembed.data.sources import Examples, describe_dropped
 from jaxembed.embedder import Embedder
-from jaxembed.evaluation.dev_set import DevSet
+from jaxembed.evaluation.dev_set import DevSet, GradedSet
 from jaxembed.training.filters import count
 from jaxembed.training.gradient import LossOptions
 
@@ -94,6 +98,7 @@ def write_model(
             for name, columns in dev.items() for metric in columns["after"]
         ],
         weights_hash=embedder.model_hash,
+        causal=embedder.decoder.config.causal,
         versions=_versions(),
     )  # fmt: skip
     found = embedder.save_pretrained(path, card=card, overwrite=True, verify=config.export.verify == "auto")
@@ -104,21 +109,65 @@ def write_model(
     return path
 
 
+def write_run_adapter(config: TrainConfig, embedder: Embedder) -> None:
+    """Writes `adapter/` into the directory of a run that trained adapters of a model that others can have."""
+    if config.training.trainable != "lora" or config.model.path is None:
+        return
+    base = named_base(config.model.path)
+    if is_adapter(Path(base)):
+        logger.info("no adapter is written: the run began with one, %s, which is part of its base", base)
+        return
+    decoder = dataclasses.replace(embedder.decoder, model=embedder.model)
+    card = model_card(
+        name="adapter",
+        text_format=embedder.text_format,
+        dim=embedder.dim,
+        description="A LoRA adapter, which PEFT reads too.",
+        base_model=config.model.path,
+        causal=decoder.config.causal,
+    )
+
+    def describe(directory: Path) -> None:
+        write_description(
+            directory, decoder.huggingface_config, embedder.tokenizer, card, decoder.family.tokenizer_class
+        )
+        (directory / "config.json").unlink()  # where one is, readers look for the weights of a model
+        if not decoder.config.causal:  # sentence-transformers would run the base as its own config says
+            (directory / "modules.json").unlink()
+
+    target = epath.Path(config.run_dir).expanduser() / "adapter"
+    with tempfile.TemporaryDirectory() as scratch:
+        remote = "://" in config.run_dir
+        local = Path(scratch) / "adapter" if remote else Path(target)
+        write_adapter(local, decoder, base, describe)
+        for file in local.rglob("*") if remote else ():
+            if file.is_file():
+                place = target / file.relative_to(local).as_posix()
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(file.read_bytes())
+    logger.info("adapter: %s", target)
+
+
 def print_results(
     config: TrainConfig,
     dev: dict[str, dict[str, dict[str, float]]],
-    dev_sets: list[DevSet],
+    dev_sets: list[DevSet | GradedSet],
     embedder: Embedder,
     model: Path,
 ) -> None:
     for found in dev_sets:
         columns = dev[found.name]
-        print(f"\n{found.name}: {len(found.queries):,} queries, {len(found.documents):,} documents")
+        if isinstance(found, GradedSet):
+            print(f"\n{found.name}: {len(found.grades):,} graded pairs")
+        else:
+            print(f"\n{found.name}: {len(found.queries):,} queries, {len(found.documents):,} documents")
         width = max(map(len, columns))
         print(f"  {'':{width}}  " + "  ".join(f"{name:>10}" for name in columns["after"]))
         for column, values in columns.items():
             cells = (f"{values[name]:10.4f}" if name in values else " " * 10 for name in columns["after"])
             print(f"  {column:{width}}  " + "  ".join(cells))
+        if isinstance(found, GradedSet):
+            continue
         for query, hits in zip(config.evaluation.searches, found.search(embedder, config.evaluation.searches)):
             print(f"\n  {query!r}")
             for score, source, text in hits:

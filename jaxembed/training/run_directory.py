@@ -12,19 +12,22 @@ from flax import nnx
 
 from jaxembed.checkpoint.buffers import Buffers
 from jaxembed.checkpoint.convert import Source, open_source
+from jaxembed.checkpoint.export import is_causal
 from jaxembed.checkpoint.hub import find_directory
 from jaxembed.checkpoint.huggingface import WeightsHash, in_order
 from jaxembed.checkpoint.model_card import model_card
 from jaxembed.checkpoint.orbax import newest_checkpoint, read_to_host, store_contents
-from jaxembed.checkpoint.pretrained import abstract_decoder, flat_state, random_decoder
+from jaxembed.checkpoint.parts import Parts, huggingface_shapes
+from jaxembed.checkpoint.pretrained import abstract_decoder, flat_state, random_decoder, with_attention
 from jaxembed.checkpoint.safetensors import TensorSpec
 from jaxembed.config import TrainConfig, load_config
 from jaxembed.errors import InputError
 from jaxembed.models import Family
-from jaxembed.models.weights import Assignment, ParameterPath, Plan, assignments, shorten
+from jaxembed.models.weights import ParameterPath, Plan, assignments, shorten
 from jaxembed.text.tokenizer import TextTokenizer
-from jaxembed.training.filters import TRAINABLE
-from jaxembed.training.prepare import parameter_dtype, scratch_decoder
+from jaxembed.training.filters import trains, with_parts
+from jaxembed.training.gradient import LOG_TEMPERATURE
+from jaxembed.training.prepare import parameter_dtype, scratch_decoder, train_token_ids
 from jaxembed.training.report import CONFIG_FILE
 
 _Tensors = Iterator[tuple[str, np.ndarray]]
@@ -38,8 +41,8 @@ def is_run(path: Path) -> bool:
 def open_run(path: Path) -> Source:
     """The model of a run as its newest readable checkpoint has it, in the text format that it was trained in.
 
-    The tensors are those of the run's own export, had it ended at that checkpoint: the trained part in float32, the
-    frozen part in the dtype in which it was held. Nothing of the optimiser is read.
+    The tensors are those of the run's own export, had it ended at that checkpoint: what training changes in float32,
+    the others in the dtype in which they were held. Nothing of the optimiser is read.
 
     Raises:
         InputError: no checkpoint, or it does not belong to the config, or the base is another one than then.
@@ -50,32 +53,46 @@ def open_run(path: Path) -> Source:
     dtype = np.dtype(parameter_dtype(config))
     if config.model.path is not None:
         base = open_source(find_directory(config.model.path))
-        family, model, huggingface_config = base.family, base.config, base.huggingface_config
+        family, model = base.family, base.config
+        huggingface_config = with_attention(base.huggingface_config, config.model.attention)
         read_base = functools.partial(_read_base, base, dtype)
     else:
+        dtype = np.dtype(np.float32)  # random weights are
         family, model = scratch_decoder(config, tokenizer)
         huggingface_config = model.to_huggingface()
         read_base = functools.partial(_read_random, family, model, config.seed, dtype)
-    abstract = flat_state(abstract_decoder(family, model)[1])
-    trained = _trained_part(checkpoint, config, abstract)
+    abstract = _abstract_with_parts(config, family, model, tokenizer)
+    trained = _trained_part(checkpoint, config, flat_state(nnx.state(abstract)), model.layers)
+    own = flat_state(abstract_decoder(family, model)[1])
+    stacks = _Stacks(checkpoint, trained)
+    parts = Parts.of(abstract, functools.cache(stacks.read))
     plan = list(assignments(family.weight_map(model), model.layers))
     _check_base(path, info, read_base, [each.source for each in plan])
     # Stack by stack, for a checkpoint holds the layers of a parameter in one array.
     plan.sort(key=lambda each: each.path)
+    shapes = huggingface_shapes(family.weight_map(model), model.layers, own)
     specs = {}
     for each in plan:
-        leaf = abstract[each.path]
-        shape = each.rule.relayout.huggingface_shape(leaf.shape if each.index is None else leaf.shape[1:])
-        held = np.dtype(trained[each.path].dtype) if each.path in trained else dtype
-        specs[each.source] = TensorSpec(each.source, held, shape)
+        wide = parts.place(each)[0] in trained or parts.upper(each.path) in trained or parts.changes(each.path)
+        specs[each.source] = TensorSpec(each.source, np.dtype(np.float32) if wide else dtype, shapes[each.source])
 
     def read(names: Sequence[str], buffers: Buffers) -> _Tensors:
         places = {each.source: each for each in plan}
-        frozen = read_base([name for name in names if places[name].path not in trained], buffers)
-        stacks = _Stacks(checkpoint, trained)
+        frozen = read_base([name for name in names if parts.place(places[name])[0] not in trained], buffers)
         for name in names:
             each = places[name]
-            yield (name, stacks.read(each)) if each.path in trained else next(frozen)
+            path, index = parts.place(each)
+            if path in trained:
+                stack = stacks.read(path)
+                array = each.rule.relayout.to_huggingface(stack if index is None else stack[index], in_order)
+            else:
+                held = array = next(frozen)[1]
+                if parts.changes(each.path):
+                    array = parts.merged(each, held)
+                array = array.astype(specs[name].dtype, copy=False)
+                if array is not held:
+                    buffers.give(held)
+            yield name, array
 
     def card(name: str, weights_hash: str) -> str:
         return model_card(
@@ -85,6 +102,7 @@ def open_run(path: Path) -> Source:
             description=f"The model after step {info.get('step')} of its training.",
             base_model=config.model.path,
             config=config.model_dump(mode="json"),
+            causal=is_causal(huggingface_config),
             weights_hash=weights_hash,
         )
 
@@ -95,20 +113,30 @@ def open_run(path: Path) -> Source:
 
 
 class _Stacks:
-    """Trained tensors, read from the checkpoint one stacked parameter at a time."""
+    """Trained parameters, read from the checkpoint; the last one is held."""
 
     def __init__(self, checkpoint: epath.Path, trained: Mapping[ParameterPath, jax.ShapeDtypeStruct]) -> None:
         self._checkpoint, self._trained = checkpoint, trained
         self._held: tuple[ParameterPath, np.ndarray] | None = None
 
-    def read(self, each: Assignment) -> np.ndarray:
-        if self._held is None or self._held[0] != each.path:
+    def read(self, path: ParameterPath) -> np.ndarray:
+        if self._held is None or self._held[0] != path:
             self._held = None  # before the next one is read
-            wanted = {(_leaf(each.path),): self._trained[each.path]}
+            wanted = {(_leaf(path),): self._trained[path]}
             [(_, array)] = read_to_host(self._checkpoint, wanted, Buffers())
-            self._held = each.path, array
-        array = self._held[1] if each.index is None else self._held[1][each.index]
-        return each.rule.relayout.to_huggingface(array, in_order)
+            self._held = path, array
+        return self._held[1]
+
+
+def _abstract_with_parts(config: TrainConfig, family: Family, model: Any, tokenizer: TextTokenizer) -> Any:
+    """The decoder as it was trained, without any memory."""
+    graph, state = abstract_decoder(family, model)
+    tokens = train_token_ids(config.training, tokenizer)
+
+    def make(state: nnx.State) -> Any:
+        return with_parts(nnx.merge(graph, state), config.training, model.layers, tokens, config.seed)
+
+    return jax.eval_shape(make, state)
 
 
 def _leaf(path: ParameterPath) -> str:
@@ -117,12 +145,13 @@ def _leaf(path: ParameterPath) -> str:
 
 
 def _trained_part(
-    checkpoint: epath.Path, config: TrainConfig, abstract: Mapping[ParameterPath, Any]
+    checkpoint: epath.Path, config: TrainConfig, abstract: Mapping[ParameterPath, Any], layers: int
 ) -> dict[ParameterPath, jax.ShapeDtypeStruct]:
     contents = {name: leaf for name, leaf in store_contents(checkpoint).items() if name.startswith("trainable.")}
-    trains = TRAINABLE[config.training.trainable]
+    contents.pop(_leaf((LOG_TEMPERATURE,)), None)  # no part of the model
+    keep = trains(config.training, layers)
     # Arrays without elements (the stack of a model of one layer) are not stored.
-    wanted = {_leaf(path): path for path, variable in abstract.items() if trains(path, variable) and variable.size}
+    wanted = {_leaf(path): path for path, variable in abstract.items() if keep(path, variable) and variable.size}
     if wanted.keys() != contents.keys():
         other = sorted(wanted.keys() ^ contents.keys())
         raise InputError(f"{checkpoint}: does not hold the trainable part of the run's config: {shorten(other)}")

@@ -1,6 +1,7 @@
 """One training step: gradient, clip, AdamW. The state is what a checkpoint holds; the rest of the model is frozen."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxembed.config import OptimizerConfig
+from jaxembed.errors import InputError
 from jaxembed.sharding import named_shardings, partition_specs
-from jaxembed.training.filters import decays
-from jaxembed.training.gradient import BATCH_SPECS, Batch, LossOptions, global_value_and_grad
+from jaxembed.training.filters import decays, is_matrix
+from jaxembed.training.gradient import (
+    BATCH_SPECS,
+    LOG_TEMPERATURE,
+    Batch,
+    LossOptions,
+    global_value_and_grad,
+    without_temperature,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +49,8 @@ class StepMetrics:
     """Sum of losses, and number of queries, of each data set."""
     weight_norm: Float[Array, ""]
     """Of the trainable part after the update; not finite where the update ruined it."""
+    temperature: Float[Array, ""] | None = None
+    """After the update, where it is learned."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -57,16 +68,71 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm; decay on matrices only."""
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decays,
-    )
+    """AdamW (arXiv 1711.05101) after clipping by the global norm; decay on matrices only, or as `config.groups` say.
+
+    Raises, by its `init`:
+        InputError: a group takes no parameter.
+    """
+    if config.groups:
+        adamw = optax.chain(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+            _at_rates(config),
+            optax.scale_by_learning_rate(learning_rate(config, steps)),
+        )
+    else:
+        adamw = optax.adamw(
+            learning_rate(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decays,
+        )
     return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def group_rates(config: OptimizerConfig, state: Any) -> dict[tuple[Any, ...], tuple[float, float]]:
+    """For every parameter its learning rate, as a multiple of the common one, and its weight decay.
+
+    Raises:
+        InputError: a group takes no parameter.
+    """
+    rates, unused = {}, dict(enumerate(config.groups))
+    names = {path: "/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
+    for path, name in names.items():
+        rate, decay = 1.0, config.weight_decay if is_matrix(path) else 0.0
+        for index, group in enumerate(config.groups):
+            if re.search(group.match, name):
+                unused.pop(index, None)
+                rate = 1.0 if group.learning_rate is None else group.learning_rate / config.learning_rate
+                decay = decay if group.weight_decay is None else group.weight_decay
+                break
+        rates[path] = rate, decay
+    for index, group in unused.items():
+        raise InputError(
+            f"optimizer.groups.{index}.match: {group.match!r} takes no parameter (the first group that matches takes "
+            f"it); those that train are {', '.join(sorted(names.values()))}"
+        )
+    return rates
+
+
+def _at_rates(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adds each parameter's decay to its update, and scales that to the parameter's multiple of the learning rate."""
+
+    def init(params: Any) -> optax.OptState:
+        group_rates(config, params)
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.OptState]:
+        rates, parameters = group_rates(config, params), dict(nnx.to_flat_state(params))
+
+        def scale(path: tuple[Any, ...], change: Any) -> Any:
+            rate, decay = rates[path]
+            return change.replace(rate * (change[...] + decay * parameters[path][...]))
+
+        return nnx.map_state(scale, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh) -> TrainState:
@@ -88,6 +154,7 @@ def initial_state(optimizer: optax.GradientTransformation, trainable: nnx.State,
     """The state before the first step, its moments made where they live."""
     shardings = state_shardings(optimizer, trainable, mesh)
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
+    trainable = jax.device_put(trainable, shardings.trainable)  # where all but a learned temperature is already
     return TrainState(trainable, moments, jax.device_put(jnp.zeros((), jnp.int32), shardings.step))
 
 
@@ -108,11 +175,22 @@ def make_step(
         (loss, by_data_set), grads = gradient(state.trainable, frozen, batch)
         updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         updated: Any = optax.apply_updates(state.trainable, updates)
-        metrics = StepMetrics(loss, optax.global_norm(grads), by_data_set, optax.global_norm(updated))
+        updated, temperature = _bounded(updated, options.least_temperature)
+        metrics = StepMetrics(loss, optax.global_norm(grads), by_data_set, optax.global_norm(updated), temperature)
         return TrainState(updated, moments, state.step + 1), metrics
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(optimizer, trainable, mesh), everywhere))
+
+
+def _bounded(trainable: nnx.State, least: float) -> tuple[nnx.State, Float[Array, ""] | None]:
+    """The trainable part with a learned temperature of at least that much, and what it is."""
+    rest, log_temperature = without_temperature(trainable)
+    if log_temperature is None:
+        return trainable, None
+    bounded = jnp.maximum(log_temperature, jnp.log(jnp.float32(least)))
+    variable: Any = trainable[LOG_TEMPERATURE]
+    return nnx.merge_state(rest, nnx.State({LOG_TEMPERATURE: variable.replace(bounded)})), jnp.exp(bounded)
 
 
 def put_batch(fields: dict[str, Any], mesh: Mesh) -> Batch:

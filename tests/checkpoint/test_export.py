@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,17 @@ from jaxembed.checkpoint.export import (
 )
 from jaxembed.checkpoint.model_card import model_card
 from jaxembed.errors import InputError
-from jaxembed.text.format import DEFAULT_TEXT_FORMAT, ROLES, UDEVER, UDEVER_MARKERS, Role, RoleName, TextFormat
+from jaxembed.text.format import (
+    DEFAULT_TEXT_FORMAT,
+    ROLES,
+    TEXT_FORMAT_FILE,
+    UDEVER,
+    UDEVER_MARKERS,
+    Role,
+    RoleName,
+    TextFormat,
+    read_text_format,
+)
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe, with_markers
 
 BPE = train_byte_level_bpe([Path(dataclasses.__file__).read_text()], 400)
@@ -277,6 +288,55 @@ def test_layout(tmp_path: Path) -> None:
     assert values["sentence_bert_config.json"]["max_seq_length"] == 300
     with pytest.raises(InputError, match="hidden_size"):
         write(tmp_path / "other", huggingface_config={"model_type": "bloom"})
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize(
+    ("pooling", "mode", "key"),
+    [
+        ("last", "lasttoken", "pooling_mode_lasttoken"),
+        ("mean", "mean", "pooling_mode_mean_tokens"),
+        ("weighted_mean", "weightedmean", "pooling_mode_weightedmean_tokens"),
+        ("first", "cls", "pooling_mode_cls_token"),
+    ],
+)
+def test_pooling_and_attention(
+    tmp_path: Path, pooling: Any, mode: str, key: str, include_prompt: bool, causal: bool
+) -> None:
+    text_format = dataclasses.replace(DEFAULT_TEXT_FORMAT, pooling=pooling, include_prompt=include_prompt)
+    config = {"model_type": "bloom", "hidden_size": 8, **({} if causal else {"is_causal": False})}
+    target = write(tmp_path / "model", tokenizer=TextTokenizer(BPE, text_format), huggingface_config=config)
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((target / name).read_text())
+
+    found = read("1_Pooling/config.json")
+    assert found["pooling_mode"] == mode
+    assert [name for name, on in found.items() if name.startswith("pooling_mode_") and on] == [key]
+    assert found["include_prompt"] == include_prompt
+    tokenizer = read("tokenizer_config.json")
+    assert tokenizer["padding_side"] == ("left" if pooling == "last" else "right")
+    assert tokenizer["tokenizer_class"] == ("BloomTokenizerFast" if causal else "TokenizersBackend")
+    assert read("config.json") == config
+    sentence_transformers = read("config_sentence_transformers.json")
+    oldest = "5.1" if causal else "6.0"
+    if pooling == "first" and not include_prompt:
+        oldest = "6.2"
+    assert sentence_transformers["__version__"] == {"sentence_transformers": f"{oldest}.0"}
+    expected = {"sentence-transformers": f">={oldest}", **({} if causal else {"transformers": ">=5.24"})}
+    assert sentence_transformers.get("requirements", expected) == expected
+    assert ("requirements" in sentence_transformers) == (oldest != "5.1")
+    (target / TEXT_FORMAT_FILE).unlink()  # what others wrote would be read as the same
+    assert read_text_format(target) == text_format
+
+
+def test_a_reader_that_is_too_old_is_an_error_that_says_so(exported: Exported, tmp_path: Path) -> None:
+    shutil.copytree(exported.directory, tmp_path / "model")
+    path = tmp_path / "model" / "config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"requirements": {"transformers": ">=99"}}))
+    with pytest.raises(ExportError, match=r"cannot be verified, sentence-transformers .* refuses it here.*>=99"):
+        verify_export(tmp_path / "model", exported.encode, exported.tokenizer)
 
 
 def test_model_card() -> None:

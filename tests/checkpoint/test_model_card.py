@@ -116,3 +116,29 @@ def test_sections_without_content_are_left_out():
     card = card_of(weights_hash="0123abcd", versions={"jax": "1"})
     assert re.findall("^## (.*)$", card, re.MULTILINE) == ["Text format", "Use", "Weights", "Versions"]
     assert "`0123abcd`" in card
+
+
+@pytest.mark.parametrize(
+    ("pooling", "said"),
+    [
+        ("last", "the hidden state of the last token,"),
+        ("mean", "the mean of the hidden states of all tokens,"),
+        ("weighted_mean", "weighted by their places"),
+        ("first", "the hidden state of the first token,"),
+    ],
+)
+def test_pooling_is_said(pooling, said):
+    for include_prompt in (True, False):
+        text_format = TextFormat(pooling=pooling, include_prompt=include_prompt)
+        card = card_of(text_format=text_format)
+        assert said in card
+        assert ("`include_prompt: false`" in card) == (pooling != "last" and not include_prompt)
+        assert "is_causal" not in card
+
+
+def test_bidirectional_attention_is_said_with_those_who_do_not_read_it():
+    card = card_of(causal=False, description="Mine.")
+    assert "\n\nMine.\n\nA text embedder" in card
+    assert "\n\nAttention is bidirectional (`is_causal: false` in `config.json`), which transformers 5.24 or" in card
+    assert "vLLM's BLOOM" in card
+    assert "With sentence-transformers (6.0 or newer, transformers 5.24 or newer):" in card

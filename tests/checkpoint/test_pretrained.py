@@ -127,3 +127,19 @@ def test_random_weights_do_not_depend_on_the_mesh() -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in random_bloom(CONFIG).state_dict().items()}
     assert {spec.name: spec.shape for spec in specs} == expected
     assert all(torch.isfinite(torch.tensor(np.array(values))).all() for _, values in tensors)
+
+
+def test_attention_is_that_of_the_directory_unless_another_is_asked_for(tmp_path: Path) -> None:
+    random_bloom(CONFIG).save_pretrained(tmp_path)
+    as_it_is = load_decoder(tmp_path, progress=False)
+    assert as_it_is.config.causal
+    assert load_decoder(tmp_path, attention="causal", progress=False).huggingface_config == as_it_is.huggingface_config
+    both = load_decoder(tmp_path, attention="bidirectional", progress=False)
+    assert not both.config.causal
+    assert not both.model.last_layer.causal
+    assert both.huggingface_config == {**as_it_is.huggingface_config, "is_causal": False}
+    (tmp_path / "config.json").write_text(json.dumps(both.huggingface_config))
+    assert not load_decoder(tmp_path, progress=False).config.causal
+    back = load_decoder(tmp_path, attention="causal", progress=False)
+    assert back.config.causal
+    assert back.huggingface_config["is_causal"] is True

@@ -62,6 +62,44 @@ def test_holds_what_the_tokenizer_gives(tmp_path_factory, texts, batch):
     assert tokenizer.asked == list(dict.fromkeys(texts))
 
 
+@given(texts=st.lists(st.text(max_size=8), max_size=30, unique=True), batch=st.integers(1, 7))
+@settings(max_examples=25, deadline=None)
+def test_distinct_texts_are_read_in_batches(tmp_path_factory, texts, batch):
+    class OnDisk:
+        """Counts how many texts are asked for at once."""
+
+        def __len__(self):
+            return len(texts)
+
+        def __getitem__(self, index):
+            if isinstance(index, slice):
+                assert index.stop - index.start <= batch
+            return texts[index]
+
+    home = tmp_path_factory.mktemp("cache")
+    cache = build(home, OnDisk(), batch=batch, distinct=True)
+    assert_holds(cache, texts)
+    assert cache.rows is None
+    again = build(home, OnDisk(), tokenizer=(tokenizer := ByteTokenizer()), distinct=True)
+    assert_holds(again, texts)
+    assert tokenizer.asked == []
+    assert not (cache.directory / "rows.npy").exists()
+    if texts:
+        assert isinstance(again.offsets.base, np.memmap)
+    # It is another cache than that of texts which may repeat.
+    assert_holds(build(home, texts), texts)
+    assert len(list(home.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "hashes.npy", "meta.json"])
+def test_a_damaged_one_of_distinct_texts_is_built_again(tmp_path, caplog, name):
+    texts = list(dict.fromkeys(TEXTS))
+    path = build(tmp_path, texts, distinct=True).directory / name
+    path.write_bytes(path.read_bytes()[:-3])
+    assert_holds(build(tmp_path, texts, distinct=True), texts)
+    assert "is damaged" in caplog.text
+
+
 def test_is_used_again(tmp_path, caplog):
     build(tmp_path)
     tokenizer = ByteTokenizer()

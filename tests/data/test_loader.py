@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxembed.data.cache import TokenCache, text_hash
+from jaxembed.data.known import KnownPositives
 from jaxembed.data.loader import (
     Batches,
     RowLayout,
@@ -24,7 +25,8 @@ from jaxembed.data.loader import (
 )
 from jaxembed.data.plan import DataSet, run_plan
 from jaxembed.data.sources import Examples
-from jaxembed.text.format import DEFAULT_TEXT_FORMAT
+from jaxembed.data.text_store import Picked, PickedRows
+from jaxembed.text.format import DEFAULT_TEXT_FORMAT, Role, TextFormat
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe
 
 PAD = 3
@@ -78,7 +80,11 @@ def check_batch(batch: dict[str, Any], layout: RowLayout, table: TextTable, text
     assert (batch["tokens"][batch["segments"] == 0] == PAD).all()
     used = (batch["segments"] > 0).any(-1).reshape(chunks, layout.chips, layout.chunk_rows).sum((0, 2))
     assert used.max() - used.min() <= 1
-    assert all(array.dtype in (np.int32, bool) for array in batch.values() if isinstance(array, np.ndarray))
+    assert batch["scores"].dtype == np.float32
+    arrays = [array for name, array in batch.items() if isinstance(array, np.ndarray) and name != "scores"]
+    assert all(array.dtype in (np.int32, bool) for array in arrays)
+    np.testing.assert_array_equal(batch["query_places"], batch["own"])
+    np.testing.assert_array_equal(batch["data_sets"], batch["data_set"])
 
 
 @given(data=st.data())
@@ -275,3 +281,177 @@ def test_sources_of_one_run_do_not_share_columns(tmp_path: Path) -> None:
     query, document = (table[int(text)].tolist() for text in found.texts[0])
     assert query != document
     assert table.hashes[found.texts[0, 0]] == table.hashes[found.texts[0, 1]]
+
+
+def test_tokens_of_the_prompt_are_not_pooled_where_the_text_format_says_so(tmp_path: Path) -> None:
+    text_format = TextFormat(
+        Role("query: ", instruction="find it: "), Role("d: "), pooling="mean", include_prompt=False
+    )
+    tokenizer = TextTokenizer(train_byte_level_bpe(["sort a dict"], 300), text_format)
+    assert tokenizer.skipped("query") > tokenizer.skipped("document") > 0
+    sources = [examples_of("a", 6, 2), examples_of("b", 6, 0)]
+    table, data_sets = tokenize_examples(sources, [None, None], tokenizer, tmp_path, 1)
+    texts = np.concatenate([found.texts for found in data_sets])
+    which = np.repeat([0, 1], 6)
+    schedule = run_plan(data_sets, table.hashes, 4, seed=0, steps=3)
+    layout = RowLayout(64, 4, 2, 2, (1,), 0.0)
+    batches = Batches(schedule, table, texts, which, layout, PAD)
+    for batch in batches:
+        used = batch["last"] >= 0
+        begins = np.where(used, batch["last"] + 1, 0)
+        for place in np.argwhere(used):
+            chunk, row, slot = place
+            segment = batch["segments"][chunk, row]
+            begins[chunk, row, slot] = np.flatnonzero(segment == slot + 1)[0]
+        left_out = (batch["first"] - begins)[used]
+        assert set(left_out.tolist()) == {tokenizer.skipped("query"), tokenizer.skipped("document")}
+        assert (left_out == tokenizer.skipped("query")).sum() == 4
+        assert (batch["first"][~used] == -1).all()
+    included = TextTokenizer(tokenizer.tokenizer, dataclasses.replace(text_format, include_prompt=True))
+    assert included.skipped("query") == included.skipped("document") == 0
+    assert tokenize_examples(sources, [None, None], included, tmp_path, 1)[0].skipped_of(texts) is None
+
+
+def check_codes(batch: dict[str, Any], hashes: np.ndarray, texts: np.ndarray) -> None:
+    """Equal numbers are equal texts, and a text that is not there has none."""
+    codes = np.concatenate([batch["query_codes"], batch["candidate_codes"]])
+    present, flat = texts.T.ravel() >= 0, hashes.T.ravel()
+    assert (codes[~present] == -1).all()
+    equal = codes[present][:, None] == codes[present]
+    np.testing.assert_array_equal(equal, flat[present][:, None] == flat[present])
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_codes_and_known_positives(data: st.DataObject) -> None:
+    """Against a dictionary from each query to its positives, with several examples a query and texts in any role."""
+    examples, columns = data.draw(st.integers(4, 30)), 4
+    drawn = data.draw(st.lists(st.integers(0, 25), min_size=examples * columns, max_size=examples * columns))
+    table = dataclasses.replace(
+        table_of(np.full(examples * columns, 3)), hashes=np.array(drawn, np.uint64) * np.uint64(2**59 + 7)
+    )
+    texts = np.arange(examples * columns).reshape(examples, columns)
+    texts[data.draw(st.lists(st.booleans(), min_size=examples, max_size=examples)), 3] = -1
+    schedule = run_plan([DataSet("a", texts)], table.hashes, 4, seed=0, steps=2)
+    layout = RowLayout(16, 5, 2, 1, (8,), 0.0)
+    scores = np.random.default_rng(0).normal(size=(examples, 3))
+    batches = Batches(schedule, table, texts, np.zeros(examples, int), layout, PAD, scores)
+    positives: dict[int, set[int]] = {}
+    for query, positive in table.hashes[texts[:, :2]].tolist():
+        positives.setdefault(query, set()).add(positive)
+    assert batches.known.width == min(16, max(map(len, positives.values())) - 1)
+    for step in range(2):
+        batch, chosen = batches[step], schedule.batch(step)
+        hashes = table.hashes[texts[chosen]]
+        check_codes(batch, hashes, texts[chosen])
+        np.testing.assert_array_equal(batch["scores"], scores[chosen].astype(np.float32))
+        flat, present = hashes.T.ravel(), texts[chosen].T.ravel() >= 0
+        codes = np.concatenate([batch["query_codes"], batch["candidate_codes"]])
+        named = dict(zip(codes[present].tolist(), flat[present].tolist()))
+        for query, positive, known in zip(flat[:4].tolist(), flat[4:8].tolist(), batch["known"].tolist()):
+            found = {named[code] for code in known if code >= 0}
+            wanted = (positives[query] - {positive}) & set(flat[present].tolist())
+            assert found == wanted if len(wanted) <= batches.known.width else found < wanted
+
+
+def test_more_known_positives_than_a_batch_has_room_for() -> None:
+    """All positives of one query in one batch: as many are kept as there are columns, the same number in any batch."""
+    queries, positives = np.zeros(40, np.uint64), np.arange(1, 41, dtype=np.uint64)
+    known = KnownPositives.of(queries, positives)
+    assert known.width == 16
+    texts = np.arange(41, dtype=np.uint64)
+    found = known.codes(np.array([0, 7], np.uint64), np.array([1, 2], np.uint64), texts)
+    assert found.shape == (2, 16)
+    assert len(set(found[0].tolist()) - {-1, 1}) == 16
+    assert (found[1] == -1).all()
+    alone = KnownPositives.of(positives, queries)
+    assert alone.width == 0
+    assert alone.codes(queries[:3], positives[:3], texts).shape == (3, 0)
+
+
+class CountingStore:
+    """Texts by row, of which some are the same; counts what is read."""
+
+    fingerprint = "corpus"
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, row: int) -> str:
+        return f"document {row % 40}"
+
+    def texts(self, rows: np.ndarray) -> list[str]:
+        self.read += rows.tolist()
+        return [self[row] for row in rows.tolist()]
+
+
+@pytest.mark.parametrize("negatives", [0, 2, 4])
+def test_documents_of_a_store_are_tokenised_once(tmp_path: Path, negatives: int) -> None:
+    generator = np.random.default_rng(0)
+    store = CountingStore()
+    rows = generator.integers(0, 50, (20, 5))
+    rows[3, 2:] = rows[5, 4:] = -1
+    sources = [
+        Examples(name, [f"{name} {n}" for n in range(10)], Picked(store, part[:, 0]), PickedRows(store, part[:, 1:]),
+                 [], {}, name, scores=scores)
+        for name, part, scores in (("a", rows[:10], np.arange(50.0).reshape(10, 5)), ("b", rows[10:], None))
+    ]  # fmt: skip
+    listed = dataclasses.replace(
+        sources[0],
+        name="c",
+        positives=list(sources[0].positives),
+        negatives=[tuple(row) for row in sources[0].negatives],
+    )
+    store.read.clear()
+    table, found = tokenize_examples([*sources, listed], [None] * 3, TOKENIZER, tmp_path, negatives)
+    named = np.unique(rows[:, : 1 + negatives])
+    # The first and the last are read again, to see that a cache is of these texts.
+    assert sorted(store.read) == named[named >= 0].tolist()
+    every = np.concatenate([rows[:10], rows[10:], rows[:10]])[:, : 1 + negatives]
+    documents = np.concatenate([one.texts[:, 1:] for one in found])
+    np.testing.assert_array_equal(documents >= 0, every >= 0)
+    for text, row in zip(documents[every >= 0], every[every >= 0]):
+        assert table.hashes[text] == text_hash(store[int(row)])
+        np.testing.assert_array_equal(table[int(text)], TOKENIZER([store[int(row)]], "document")[0])
+    for one, source in zip(found, [*sources, listed]):
+        for text, anchor in zip(one.texts[:, 0], source.anchors):
+            np.testing.assert_array_equal(table[int(text)], TOKENIZER([anchor], "query")[0])
+    np.testing.assert_array_equal(found[0].texts[:, 1:] >= 0, found[2].texts[:, 1:] >= 0)
+    # One cache of the store, one of the anchors of each source, one of the listed documents.
+    assert len(table.caches) == 3 + 1 + 1
+
+
+def test_columns_in_memory_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    whole = TextTokenizer.__call__
+    monkeypatch.setattr(
+        TextTokenizer, "__call__", lambda self, texts, role: asked.extend(texts) or whole(self, texts, role)
+    )
+    texts = ["x", "y", "z"]
+    source = Examples("a", ["q"] * 3, texts, [("y", "z"), ("z",), ("x",)], [], {}, "a")
+    table, (found,) = tokenize_examples([source], [None], TOKENIZER, tmp_path, 2)
+    assert sorted(asked) == ["q", *texts]
+    assert [[table.hashes[text] if text >= 0 else None for text in row[1:]] for row in found.texts] == [
+        [text_hash("x"), text_hash("y"), text_hash("z")],
+        [text_hash("y"), text_hash("z"), None],
+        [text_hash("z"), text_hash("x"), None],
+    ]
+
+
+def test_a_source_may_have_its_own_tokenizer_and_roles(tmp_path: Path) -> None:
+    other = TextTokenizer(train_byte_level_bpe(["texts of another kind"], 290), DEFAULT_TEXT_FORMAT)
+    store = CountingStore()
+    rows = np.array([[3, 4], [5, 3]])
+    picked = Examples("p", ["q", "r"], Picked(store, rows[:, 0]), PickedRows(store, rows[:, 1:]), [], {}, "p")
+    negatives = [tuple(each) for each in picked.negatives]
+    listed = dataclasses.replace(picked, fingerprint="l", positives=list(picked.positives), negatives=negatives)
+    own = [(TOKENIZER, ("query", "document")), (other, ("query", "query")), (other, ("query", "query"))]
+    table, found = tokenize_examples([picked, picked, listed], [None] * 3, TOKENIZER, tmp_path, 1, own)  # type: ignore[arg-type]
+    for data_set, (tokenizer, roles) in zip(found, own):
+        for row, anchor, texts in zip(data_set.texts, picked.anchors, rows):
+            wanted = [(anchor, roles[0]), *((store[text], roles[1]) for text in texts.tolist())]
+            for number, (text, role) in zip(row, wanted, strict=True):
+                np.testing.assert_array_equal(table[int(number)], tokenizer([text], role)[0])  # type: ignore[arg-type]

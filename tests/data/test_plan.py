@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from jaxembed.data.plan import DataSet, epoch_plan, run_plan
+from jaxembed.data.plan import DataSet, Mixing, epoch_plan, run_plan
 from jaxembed.errors import InputError
 
 
@@ -154,6 +155,116 @@ def test_weights_are_shares_and_nothing_comes_again_before_all_came():
 def test_a_weight_beside_none_is_in_examples():
     sets, hashes = distinct(100, 60, weights=[None, 300.0])
     assert (epoch_plan(sets, hashes, 16, 0, 0).order < 100).sum() == 40
+
+
+def test_a_cap_is_what_an_epoch_takes_and_the_next_one_goes_on():
+    sets, hashes = distinct(100, 30)
+    plans = [epoch_plan(sets, hashes, 10, 0, epoch, Mixing(cap=40)) for epoch in range(5)]
+    assert all(plan.order.shape == (7, 10) for plan in plans)
+    counts = Counter(np.concatenate([plan.order.ravel() for plan in plans]).tolist())
+    assert {counts[example] for example in range(100)} == {2}
+    assert {counts[example] for example in range(100, 130)} == {5}
+
+
+def test_a_cap_counts_for_data_sets_without_a_weight():
+    sets, hashes = distinct(1000, 100, weights=[None, 300.0])
+    plan = epoch_plan(sets, hashes, 10, 0, 0, Mixing(cap=100))
+    assert plan.order.size == 200
+    assert (plan.order >= 1000).sum() == 150
+
+
+HOMOGENEOUS = Mixing(homogeneous=True)
+
+
+@given(
+    sizes=st.lists(st.integers(8, 60), min_size=1, max_size=4),
+    weights=st.lists(st.one_of(st.none(), st.floats(0.1, 100)), min_size=4, max_size=4),
+    cap=st.one_of(st.none(), st.integers(1, 70)),
+    batch_size=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_homogeneous_batches(sizes, weights, cap, batch_size, seed):
+    sets, hashes = distinct(*sizes, weights=weights[: len(sizes)])
+    mixing = Mixing(homogeneous=True, cap=cap)
+    epochs = 6
+    try:
+        plans = [epoch_plan(sets, hashes, batch_size, seed, epoch, mixing) for epoch in range(epochs)]
+    except InputError:
+        assert cap is not None  # the capped data is not one whole batch
+        return
+    ends = np.cumsum(sizes)
+    order = np.concatenate([plan.order for plan in plans])
+    of = np.searchsorted(ends, order, side="right")
+    assert (of == of[:, :1]).all()
+    for number, size in enumerate(sizes):
+        # A pass is over before an example comes again, and leaves out less than a batch.
+        own = order[of[:, 0] == number]
+        a_pass = size // batch_size
+        for start in range(0, len(own), a_pass):
+            examples = own[start : start + a_pass].ravel()
+            assert len(np.unique(examples)) == len(examples)
+    if any(weight is not None for weight in weights[: len(sizes)]):
+        shares = np.array([min(size, cap or size) if w is None else w for size, w in zip(sizes, weights)])
+    else:
+        shares = np.minimum(sizes, cap or max(sizes)).astype(float)
+    expected = len(order) * shares / shares.sum()
+    # An epoch counts whole examples, so that shares are rounded once; what is left is less than a batch a data set.
+    rounding = epochs * len(sizes) * (1 + plans[0].order.shape[0] / sum(sizes) * len(sizes))
+    assert np.abs(np.bincount(of[:, 0], minlength=len(sizes)) - expected).max() <= 1 + rounding
+
+
+def test_no_text_twice_in_a_batch_of_one_set():
+    texts = np.arange(160 * 2).reshape(160, 2)
+    texts[100:110, 0] = texts[:10, 0]
+    sets = [DataSet("a", texts[:120]), DataSet("b", texts[120:])]
+    hashes = hashes_of(320)
+    for epoch in range(5):
+        plan = epoch_plan(sets, hashes, 10, 0, epoch, HOMOGENEOUS)
+        assert plan.clashes == 0
+        assert count_clashes(plan.order, texts, hashes) == 0
+
+
+def test_a_data_set_smaller_than_a_batch_of_its_own():
+    sets, hashes = distinct(100, 5, 0)
+    with pytest.raises(InputError, match=r"'set 1' has 5 pairs, and a batch of one data set has 10.*data\.batches"):
+        epoch_plan(sets, hashes, 10, 0, 0, HOMOGENEOUS)
+
+
+@pytest.mark.parametrize("homogeneous", [True, False])
+@pytest.mark.parametrize(
+    ("weights", "cap", "shares"),
+    [
+        ((1.0, 2.0, 5.0), None, (1, 2, 5)),
+        ((None, None, None), None, (700, 1300, 4000)),
+        ((None, None, None), 1000, (700, 1000, 1000)),
+        ((None, 2000.0, None), 500, (500, 2000, 500)),
+    ],
+)
+def test_shares_over_ten_thousand_batches(homogeneous, weights, cap, shares):
+    """Of batches, or of examples, closer than chance would have it: the hypothesis of these shares is not rejected."""
+    sizes, batch_size, batches = (700, 1300, 4000), 16, 10_000
+    sets, hashes = distinct(*sizes, weights=weights)
+    schedule = run_plan(sets, hashes, batch_size, 0, steps=batches, mixing=Mixing(homogeneous, cap))
+    ends = np.cumsum(sizes)
+    found = np.zeros(3, np.int64)
+    for step in range(batches):
+        of = np.bincount(np.searchsorted(ends, schedule.batch(step), side="right"), minlength=3)
+        assert not homogeneous or (of > 0).sum() == 1
+        found += of // batch_size if homogeneous else of
+    expected = np.array(shares) / sum(shares) * found.sum()
+    assert chisquare(found, expected).pvalue > 0.99
+
+
+def test_a_resumed_schedule_goes_on_identically():
+    sets, hashes = distinct(70, 130, weights=[2.0, 1.0])
+    whole = run_plan(sets, hashes, 8, 0, steps=300, mixing=HOMOGENEOUS)
+    batches = [whole.batch(step) for step in range(300)]
+    again = run_plan(sets, hashes, 8, 0, steps=300, mixing=HOMOGENEOUS)
+    for step in (299, 150, *range(151, 299)):
+        np.testing.assert_array_equal(again.batch(step), batches[step])
+    assert again.hash == whole.hash
+    assert run_plan(sets, hashes, 8, 0, steps=300).hash != whole.hash
 
 
 @given(

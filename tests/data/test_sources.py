@@ -4,13 +4,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxembed.data import sources
-from jaxembed.data.sources import Examples, read_jsonl, summary
+from jaxembed.data import rows as files
+from jaxembed.data.sources import Examples, read_jsonl, read_rows, summary
 from jaxembed.errors import InputError
 
 GOOD = b'{"anchor": "a question", "positive": "its answer"}\n'
@@ -157,7 +158,7 @@ def test_paths_may_be_strings_paths_and_epaths(jsonl, monkeypatch):
 
 
 def test_the_fingerprint_follows_the_content_not_the_place(jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MEBIBYTE", 64)
+    monkeypatch.setattr(files, "_MEBIBYTE", 64)
     path = jsonl(GOOD + b'{"anchor": "second", "positive": "its answer"}\n')
 
     def fingerprint(file, **columns):
@@ -181,7 +182,47 @@ def test_the_fingerprint_follows_the_content_not_the_place(jsonl, tmp_path, monk
 
 
 def test_a_large_file_shows_its_progress(jsonl, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "_PROGRESS_FROM_BYTES", 0)
+    monkeypatch.setattr(files, "_PROGRESS_FROM_BYTES", 0)
     lines = b"".join(b'{"anchor": "%d", "positive": "b"}\n' % i for i in range(3000))
     assert len(read_jsonl(jsonl(lines, "rows.jsonl.gz"), name="bulk")) == 3000
     assert "bulk" in capsys.readouterr().err
+
+
+def test_named_columns_with_a_grade_keep_equal_texts(jsonl):
+    lines = [{"a": "x", "b": "x", "g": 5}, {"a": "x", "b": "y", "g": "0.5"}, {"a": "x", "b": "y", "g": 1}]
+    path = jsonl("".join(json.dumps(row) + "\n" for row in lines).encode())
+    found = read_jsonl(path, name="rows", anchor="a", positive="b", score="g")
+    assert (found.anchors, found.positives, found.dropped) == (["x", "x"], ["x", "y"], {"duplicate": 1})
+    assert found.scores is not None
+    assert found.scores.tolist() == [[5.0], [0.5]]
+    assert found.graded
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: no column 'h'"):
+        read_jsonl(path, name="rows", anchor="a", positive="b", score="h")
+
+
+def test_a_split_is_taken_by_its_column(jsonl):
+    path = jsonl(
+        b"".join(
+            b'{"anchor": "%d", "positive": "b", "split": "%s"}\n' % (i, s) for i, s in enumerate([b"dev", b"train"])
+        )
+    )
+    for read in (read_jsonl, read_rows):
+        found = read(path, name="rows", split="train")
+        assert (found.anchors, found.dropped) == (["1"], {"other split": 1})
+        with pytest.raises(InputError, match="no pair left of 2 rows, 2 dropped"):
+            read(path, name="rows", split="test")
+    assert read_jsonl(path, name="rows", split="train").fingerprint != read_jsonl(path, name="rows").fingerprint
+
+
+def test_named_columns_of_a_table(tmp_path):
+    (tmp_path / "faq.csv").write_text("Id,Title,Body\n1,how?,so\n2,why?,\n")
+    found = read_jsonl(tmp_path / "faq.csv", name="faq", anchor="Title", positive="Body")
+    assert (found.anchors, found.positives, found.dropped) == (["how?"], ["so"], {"empty text": 1})
+
+
+def test_summary_names_what_was_recognised():
+    examples = Examples("x", ["a"] * 3, [], [("n",), (), ("n", "m")], [], {}, "", "tevatron")
+    assert summary(examples) == "x: tevatron (0 to 2 negatives a query), 3 pairs kept, 0 dropped"
+    scored = Examples("x", ["a"], [], [("n",)], [], {}, "", "FlagEmbedding", np.zeros((1, 2)))
+    assert summary(scored) == "x: FlagEmbedding (1 negative a query, with scores), 1 pair kept, 0 dropped"
+    assert Examples("x", ["a"] * 3, [], [], [], {}, "").negative_counts.tolist() == [0, 0, 0]

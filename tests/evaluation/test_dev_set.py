@@ -1,16 +1,21 @@
 """The dev set against plain counting: who answers whom, metrics, loss, search."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxembed.data.sources import Examples
+from jaxembed.data.text_store import Picked, build_text_store
+from jaxembed.errors import InputError
 from jaxembed.evaluation.bm25 import bm25_metrics
-from jaxembed.evaluation.dev_set import DevSet
+from jaxembed.evaluation.dev_set import DevSet, GradedSet, Reading, dev_set
+from jaxembed.text.format import Role, TextFormat
 
 DIM = 6
 
@@ -55,6 +60,17 @@ def test_equal_queries_and_documents_are_one() -> None:
     assert dev.documents == ["x", "y", "z"]
     assert dev.ids == ["line 0", "line 1", "line 2"]  # where each stands first
     assert dev.relevant == [{0, 2}, {1}, {0}]
+
+
+def test_a_corpus_is_searched_whole(tmp_path: Path) -> None:
+    texts = {"d1": "x", "d2": "y", "d3": "y", "d4": "nobody's"}
+    store = build_text_store(texts.items, fingerprint="f", directory=tmp_path, name="texts")
+    pairs = Picked(store, np.array([1, 0, 2]))
+    dev = DevSet.of(Examples("dev", ["q", "r", "q"], pairs, [], ["1", "2", "3"], {}, ""))
+    assert dev.queries == ["q", "r"]
+    assert dev.documents == list(texts.values())
+    assert dev.ids == list(texts)
+    assert dev.relevant == [{1, 2}, {0}]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 1000])
@@ -118,3 +134,45 @@ def test_bm25_on_the_same_texts() -> None:
     for split, metrics in enumerate(found.values()):
         assert metrics == bm25_metrics(dev.queries, dev.documents, dev.relevant, bool(split))
     assert found["BM25, split identifiers"]["recall@10"] == 1 > found["BM25, plain words"]["recall@10"]
+
+
+def test_graded_pairs_give_spearman_s_correlation() -> None:
+    grades = np.array([0.0, 5.0, 2.5, 2.5, 1.0])
+    pairs = [(f"first {n}", f"second {n}") for n in range(5)]
+    examples = dataclasses.replace(examples_of(pairs), scores=grades[:, None])
+    found = dev_set(examples, Reading(symmetric=True))
+    assert isinstance(found, GradedSet)
+    stub = Stub(normalize=False)
+    firsts, seconds = (stub.encode(list(column), "query", True) for column in zip(*pairs))
+    cosines = [float(np.dot(a, b)) for a, b in zip(firsts, seconds)]
+    ranks = [
+        [sorted(column).index(x) + (column.count(x) - 1) / 2 for x in column] for column in (cosines, grades.tolist())
+    ]
+    expected = np.corrcoef(ranks)[0, 1]
+    assert found.evaluate(stub, temperature=1.0, batch_size=2) == pytest.approx({"spearman": expected})  # type: ignore
+    assert found.bm25() == {}
+    with pytest.raises(InputError, match=r"data\.dev: all pairs of dev have the grade 3"):
+        dev_set(dataclasses.replace(examples, scores=np.full((5, 1), 3.0)))
+    assert isinstance(dev_set(examples_of(pairs)), DevSet)
+
+
+@pytest.mark.parametrize("suffix", ["", "[E]"])
+def test_instructions_of_a_dev_set_go_before_its_texts(suffix: str) -> None:
+    calls: list[tuple[str, str | None]] = []
+
+    class Listening(Stub):
+        text_format = TextFormat(Role("q: ", suffix, "own "), Role("d: ", suffix))
+
+        def encode(self, texts: Sequence[str], role: str, prompt: str | None = None, **options: Any) -> np.ndarray:
+            calls.append((role, prompt))
+            return super().encode(texts, role, **options)
+
+    pairs = [("q", "x"), ("r", "y")]
+    for reading, expected in (
+        (Reading(), [("query", None), ("document", None)]),
+        (Reading("find "), [("query", "q: find "), ("document", None)]),
+        (Reading("find ", "", symmetric=True), [("query", "q: find "), ("query", "q: ")]),
+    ):
+        calls.clear()
+        DevSet.of(examples_of(pairs), reading).evaluate(Listening(), temperature=1.0, batch_size=2)  # type: ignore
+        assert calls == expected

@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.bloom import modeling_bloom
 
 from jaxembed.errors import InputError
 from jaxembed.models.bloom import LAYER_CHECKPOINTS, Bloom, BloomConfig, weight_map
@@ -120,8 +121,11 @@ def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray], record) -> Non
         config(4, residual_after_norm=True),
         config(6, layers=1),
         config(4, layers=2, epsilon=1e-3),
+        config(4, causal=False),
+        config(6, layers=1, causal=False),
+        config(20, layers=2, causal=False),
     ],
-    ids=lambda c: f"{c.heads}heads-{c.layers}layers{'-after_norm' * c.residual_after_norm}",
+    ids=lambda c: f"{c.heads}heads-{c.layers}layers{'-after_norm' * c.residual_after_norm}{'-both' * (not c.causal)}",
 )
 def test_hidden_states_are_those_of_transformers(config: BloomConfig, record_property) -> None:
     texts = random_texts(LENGTHS)
@@ -168,14 +172,34 @@ def test_left_padding_in_transformers_is_left_padding_here() -> None:
     np.testing.assert_allclose(ours[mask > 0], theirs[mask > 0], atol=1e-4 * theirs.std())
 
 
+def test_bidirectional_is_a_mask_of_zeros_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`is_causal: false` in their config is the same model with nothing masked, and ALiBi left as it is."""
+    (text,) = random_texts((70,))
+    causal = random_bloom(config())
+    monkeypatch.setattr(modeling_bloom, "create_causal_mask", lambda **_: torch.zeros(1, 1, 70, 70))
+    theirs = torch_states(causal, text[None], np.ones((1, 70), np.int64))
+    both = config(causal=False)
+    ours = np.asarray(states(from_torch(both, causal), text[None], np.ones((1, 70), np.int32)))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * theirs.std())
+    monkeypatch.undo()
+    assert random_bloom(both).config.is_causal is False
+    np.testing.assert_allclose(
+        torch_states(random_bloom(both), text[None], np.ones((1, 70), np.int64)), theirs, atol=1e-5
+    )
+    alone = torch_states(causal, text[None], np.ones((1, 70), np.int64))
+    assert np.abs(alone - theirs).max() > 0.1 * theirs.std()
+
+
 @pytest.fixture(scope="module")
 def model() -> Bloom:
     return from_torch(config(), random_bloom(config()))
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_pooled_states_are_the_states_at_these_positions(layers: int) -> None:
-    model = from_torch(config(layers=layers), random_bloom(config(layers=layers)))
+def test_pooled_states_are_the_states_at_these_positions(layers: int, causal: bool) -> None:
+    shape = config(layers=layers, causal=causal)
+    model = from_torch(shape, random_bloom(shape))
     texts = random_texts((5, 9, 20, 30))
     rows = fill_rows(texts, [[0, 1], [2], [3]], RowShape(32, 3, 4))
     everywhere = np.asarray(states(model, rows.tokens, rows.segments))
@@ -343,9 +367,9 @@ def test_config_in_both_spellings() -> None:
     assert BloomConfig.from_huggingface(random_bloom(expected).config.to_dict()) == expected
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1e-5, 1e-6]), st.booleans())
-def test_config_survives_the_round_trip(layers: int, heads: int, epsilon: float, after: bool) -> None:
-    value = BloomConfig(100, 8 * heads, layers, heads, epsilon, after)
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1e-5, 1e-6]), st.booleans(), st.booleans())
+def test_config_survives_the_round_trip(layers: int, heads: int, epsilon: float, after: bool, causal: bool) -> None:
+    value = BloomConfig(100, 8 * heads, layers, heads, epsilon, after, causal=causal)
     assert BloomConfig.from_huggingface(value.to_huggingface()) == value
 
 
@@ -355,6 +379,7 @@ def test_config_survives_the_round_trip(layers: int, heads: int, epsilon: float,
         ({"n_layer": None}, "'n_layer' or 'num_hidden_layers'"),
         ({"vocab_size": "many"}, "'vocab_size'"),
         ({"n_head": 5}, "5 heads do not divide the hidden size 32"),
+        ({"is_causal": "no"}, "true or false under 'is_causal', found 'no'"),
     ],
 )
 def test_a_wrong_config_is_an_error_that_names_the_key(changes: dict, named: str) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sentence_transformers.sentence_transformer import modules
 
 from jaxembed.errors import InputError
 from jaxembed.text.format import (
     DEFAULT_TEXT_FORMAT,
+    SENTENCE_TRANSFORMERS_POOLING,
     TEXT_FORMAT_FILE,
     UDEVER,
     UDEVER_MARKERS,
+    Pooling,
     Role,
     TextFormat,
     read_text_format,
@@ -25,6 +28,8 @@ text_formats = st.builds(
     prefixes,
     prefixes,
     st.integers(1, 9999),
+    pooling=st.sampled_from(list(SENTENCE_TRANSFORMERS_POOLING)),
+    include_prompt=st.booleans(),
     normalize=st.booleans(),
     literal_markers=st.sampled_from(["token", "text"]),
 )
@@ -70,10 +75,15 @@ def test_file_gives_the_value_back(tmp_path: Path, text_format: TextFormat) -> N
         ({"document": "passage: "}, "document"),
         ({"max_length": 0}, "max_length"),
         ({"max_length": "12"}, "max_length"),
-        ({"pooling": "mean"}, "pooling"),
+        ({"pooling": "lasttoken"}, "pooling: expected last, mean, weighted_mean, first, got 'lasttoken'"),
+        ({"include_prompt": "no"}, "include_prompt: expected true or false"),
         ({"normalize": "yes"}, "normalize"),
         ({"literal_markers": "drop"}, "literal_markers"),
         ({"query": {"suffix": "[EOQ]"}}, "suffix"),
+        (
+            {"query": {"suffix": "x"}, "document": {"suffix": "y"}, "include_prompt": False},
+            "include_prompt: false does",
+        ),
         ([], "mapping"),
     ],
 )
@@ -123,9 +133,45 @@ def test_maximum_length_from_the_tokenizer(tmp_path: Path) -> None:
     assert read_text_format(path) == TextFormat(max_length=64)
 
 
-def test_other_pooling_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"1_Pooling.*'mean_tokens'.*last"):
-        read_text_format(sentence_transformers_directory(tmp_path, {"pooling_mode_mean_tokens": True}))
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": ["mean"]}, "mean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({}, "mean"),
+        ({"pooling_mode": "weightedmean", "pooling_mode_mean_tokens": True}, "weighted_mean"),
+        ({"pooling_mode_weightedmean_tokens": True}, "weighted_mean"),
+        ({"pooling_mode": "cls"}, "first"),
+        ({"pooling_mode_cls_token": True}, "first"),
+    ],
+)
+@pytest.mark.parametrize("include_prompt", [True, False, None])
+def test_poolings(tmp_path: Path, config: dict, pooling: Pooling, include_prompt: bool | None) -> None:
+    if include_prompt is not None:
+        config = {**config, "include_prompt": include_prompt}
+    config = {"word_embedding_dimension": 8, **config}
+    found = read_text_format(sentence_transformers_directory(tmp_path, config))
+    assert (found.pooling, found.include_prompt) == (pooling, include_prompt is not False)
+    theirs = modules.Pooling.load(str(tmp_path), subfolder="1_Pooling")
+    assert theirs.pooling_mode == SENTENCE_TRANSFORMERS_POOLING[pooling][0]
+    assert theirs.include_prompt == found.include_prompt
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"pooling_mode": "max"}, "'max'"),
+        ({"pooling_mode_max_tokens": True}, "'max_tokens'"),
+        ({"pooling_mode": ["mean", "max"]}, r"'mean\+max'"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": True}, r"'mean\+lasttoken'"),
+    ],
+)
+def test_other_pooling_is_refused(tmp_path: Path, config: dict, named: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"1_Pooling.*{named} is not supported; lasttoken, mean, weightedmean, cls are"
+    ):
+        read_text_format(sentence_transformers_directory(tmp_path, config))
 
 
 def test_foreign_chat_template_is_refused(tmp_path: Path) -> None:

@@ -67,19 +67,21 @@ def test_many_texts_take_no_time_to_speak_of() -> None:
     assert lengths.sum() / (512 * len(rows)) > 0.99
 
 
-@given(texts_and_rows(), st.integers(1, 8), st.integers(0, 3))
+@given(texts_and_rows(), st.integers(1, 8), st.integers(0, 3), st.none() | st.integers(0, 9))
 @settings(deadline=None)
-def test_filled_rows_are_the_texts(case: tuple[np.ndarray, int], slots: int, spare: int) -> None:
+def test_filled_rows_are_the_texts(case: tuple[np.ndarray, int], slots: int, spare: int, skip: int | None) -> None:
     lengths, row_length = case
     texts = [np.arange(length, dtype=np.int32) + 1000 * (i + 1) for i, length in enumerate(lengths)]
     members = best_fit_rows(lengths, row_length, slots)
     shape = RowShape(row_length, len(members) + spare, slots)
-    rows = fill_rows(texts, members, shape, pad=7)
+    skipped = None if skip is None else [(skip + i) % 10 for i in range(len(texts))]
+    rows = fill_rows(texts, members, shape, 7, skipped)
     assert rows.tokens.shape == rows.segments.shape == (shape.rows, row_length)
-    assert rows.last.shape == rows.texts.shape == (shape.rows, slots)
+    assert rows.first.shape == rows.last.shape == rows.texts.shape == (shape.rows, slots)
     np.testing.assert_array_equal(rows.tokens[rows.segments == 0], 7)
     assert (rows.segments > 0).sum() == lengths.sum()
     np.testing.assert_array_equal(rows.texts >= 0, rows.last >= 0)
+    np.testing.assert_array_equal(rows.texts >= 0, rows.first >= 0)
     assert sorted(rows.texts[rows.texts >= 0]) == list(range(len(texts)))
     for row, slot in np.argwhere(rows.texts >= 0):
         ids = texts[rows.texts[row, slot]]
@@ -87,6 +89,7 @@ def test_filled_rows_are_the_texts(case: tuple[np.ndarray, int], slots: int, spa
         np.testing.assert_array_equal(place, np.arange(place[0], place[0] + len(ids)))
         np.testing.assert_array_equal(rows.tokens[row, place], ids)
         assert rows.last[row, slot] == place[-1]
+        assert rows.first[row, slot] == min(place[0] + (skipped[rows.texts[row, slot]] if skipped else 0), place[-1])
 
 
 @given(st.integers(1, 9000), st.integers(1, 70_000))

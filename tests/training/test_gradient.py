@@ -16,19 +16,43 @@ import torch
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxembed.data.known import KnownPositives
 from jaxembed.data.loader import RowLayout, pack_batch
 from jaxembed.models.bloom import BloomConfig
 from jaxembed.sharding import make_mesh, named_shardings, partition_specs
 from jaxembed.training.filters import TRAINABLE, count, decays
-from jaxembed.training.gradient import Batch, LossOptions, global_value_and_grad
+from jaxembed.training.gradient import (
+    LOG_TEMPERATURE,
+    Batch,
+    LossOptions,
+    global_value_and_grad,
+    with_temperature,
+    without_temperature,
+)
+from jaxembed.training.objective import SetLoss
 from jaxembed.training.step import TrainState, initial_state, make_step, put_batch
 
 from blooms import QUICK, abstract_bloom, from_torch, in_jax, random_bloom
+from objectives import reference_losses
 
 CONFIG = BloomConfig(vocab_size=100, dim=32, layers=3, heads=4)
 QUERIES, NEGATIVES, LONGEST, ROW = 16, 2, 20, 32
 TEMPERATURE = 0.1
-OPTIONS = LossOptions(temperature=TEMPERATURE, tile=5, data_sets=3)
+OPTIONS = LossOptions(temperature=TEMPERATURE, tile=5, data_sets=3, mask_known=False)
+EVERYTHING = LossOptions(
+    temperature=TEMPERATURE,
+    tile=5,
+    data_sets=3,
+    sets=(
+        SetLoss(query_query=True, document_document=True, document_query="symmetric", margin=0.1, focal=1.0),
+        SetLoss("kl", temperature=0.5, info_nce_weight=0.5, in_batch=False),
+        SetLoss("cosent", weight=2.0),
+    ),
+    spread_out=0.5,
+    spread_out_mean=0.5,
+    matryoshka=((32, 1.0), (12, 0.5)),
+)
+"""With a temperature that is learned."""
 
 
 # ---- batches
@@ -44,13 +68,19 @@ def texts_of(step: int) -> list[np.ndarray]:
 EXAMPLES = np.arange(QUERIES * (2 + NEGATIVES)).reshape(QUERIES, 2 + NEGATIVES)
 EXAMPLES[::3, 3] = EXAMPLES[4, 2:] = -1  # hard negatives that an example lacks
 DATA_SET = np.arange(QUERIES) % 3
+NAMES = np.arange(EXAMPLES.size, dtype=np.uint64)
+"""By which texts are known for equal; all are others, whatever their ids."""
+_QUERY, _POSITIVE = NAMES[[0, 0, 4]], NAMES[[1, 9, 5]]
+KNOWN = KnownPositives.of(_QUERY, _POSITIVE)
+"""The positive of example 2 is one of query 0 elsewhere in the data, which `OPTIONS` does not ask about."""
+SCORES = np.random.default_rng(1).normal(size=(QUERIES, 1 + NEGATIVES))
 
 
 def batch_of(step: int, mesh: Mesh, chunk_rows: int, chunks: tuple[int, ...] = ()) -> Batch:
     chips = mesh.shape["data"] * mesh.shape["fsdp"]
     layout = RowLayout(ROW, slots=6, chunk_rows=chunk_rows, chips=chips, chunks=chunks, density=1.0)
     table: Any = texts_of(step)  # like a table, it gives ids by the number of a text
-    fields = pack_batch(table, EXAMPLES, DATA_SET, layout)
+    fields = pack_batch(table, EXAMPLES, DATA_SET, layout, hashes=NAMES[EXAMPLES], known=KNOWN, scores=SCORES)
     return put_batch(fields, mesh)
 
 
@@ -62,7 +92,7 @@ def one_device() -> Mesh:
 
 
 @functools.cache
-def reference() -> tuple[float, dict[tuple[str, ...], np.ndarray]]:
+def reference(everything: bool = False) -> tuple[float, dict[tuple[str, ...], np.ndarray]]:
     """Loss and gradient of batch 0 in torch and float64: a text a row, no chunks, no tiles, the whole matrix."""
     model = random_bloom(CONFIG).double()
     texts = texts_of(0)
@@ -71,13 +101,23 @@ def reference() -> tuple[float, dict[tuple[str, ...], np.ndarray]]:
         ids[row, : len(text)], mask[row, : len(text)] = text, 1
     states = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state
     embeddings = torch.nn.functional.normalize(states[torch.arange(len(texts)), torch.tensor(mask.sum(1) - 1)], dim=-1)
-    documents = EXAMPLES[:, 1:].T.ravel()
-    scores = embeddings[EXAMPLES[:, 0]] @ embeddings[documents[documents >= 0]].T / TEMPERATURE
-    loss = torch.nn.functional.cross_entropy(scores, torch.arange(QUERIES))
+    log_temperature = torch.tensor(math.log(TEMPERATURE), dtype=torch.float64, requires_grad=True)
+    if everything:
+        known = [{int(NAMES[9])} if query == 0 else set() for query in range(QUERIES)]
+        loss = reference_losses(
+            embeddings, EXAMPLES, NAMES.tolist(), DATA_SET, EVERYTHING, known, SCORES, log_temperature
+        ).mean()  # fmt: skip
+    else:
+        documents = EXAMPLES[:, 1:].T.ravel()
+        scores = embeddings[EXAMPLES[:, 0]] @ embeddings[documents[documents >= 0]].T / TEMPERATURE
+        loss = torch.nn.functional.cross_entropy(scores, torch.arange(QUERIES))
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(model.parameters()))
-    return loss.item(), in_jax(CONFIG, gradients)
+    found = in_jax(CONFIG, gradients)
+    if log_temperature.grad is not None:
+        found[(LOG_TEMPERATURE,)] = log_temperature.grad.numpy()
+    return loss.item(), found
 
 
 @functools.cache
@@ -100,6 +140,8 @@ def flat(state: nnx.State) -> list[tuple[Any, Any]]:
 
 def value_and_gradient(options: LossOptions, chunk_rows: int, trainable: str = "full") -> tuple[float, nnx.State]:
     graph, train, frozen = split(trainable)
+    if options.matryoshka:
+        train = with_temperature(train, TEMPERATURE)
     mesh = one_device()
     function = global_value_and_grad(graph, train, frozen, options, QUERIES, mesh, check_vma=True)
     function = jax.jit(function, compiler_options=QUICK)
@@ -119,6 +161,16 @@ def test_chunks_change_nothing(chunk_rows: int, record_property) -> None:
     expected, expected_gradient = reference()
     record_property("loss", abs(loss / expected - 1))
     assert loss == pytest.approx(expected, rel=1e-6)
+    assert_same_gradient(gradient, expected_gradient, record_property)
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 64])
+def test_every_loss_at_once(chunk_rows: int, record_property) -> None:
+    loss, gradient = value_and_gradient(EVERYTHING, chunk_rows)
+    expected, expected_gradient = reference(everything=True)
+    record_property("loss", abs(loss / expected - 1))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert abs(expected_gradient[(LOG_TEMPERATURE,)]) > 0.1
     assert_same_gradient(gradient, expected_gradient, record_property)
 
 
@@ -170,6 +222,8 @@ class Run:
 def train(trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options: LossOptions = OPTIONS) -> Run:
     """Five steps of AdamW with decay and clipping, and the text of the compiled step."""
     graph, train, frozen = split(trainable)
+    if options.matryoshka:
+        train = with_temperature(train, TEMPERATURE)
     # Epsilon above the rounding of the smallest gradients, which Adam would turn into whole steps.
     adamw = optax.adamw(1e-3, eps=1e-6, weight_decay=0.1, mask=decays)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), adamw)
@@ -202,8 +256,8 @@ def train(trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options:
 
 
 @functools.cache
-def alone(trainable: str) -> Run:
-    return train(trainable, one_device(), chunk_rows=64, check_vma=True)
+def alone(trainable: str, options: LossOptions = OPTIONS) -> Run:
+    return train(trainable, one_device(), chunk_rows=64, check_vma=True, options=options)
 
 
 def assert_same_run(found: Run, expected: Run, record) -> None:
@@ -244,6 +298,23 @@ def test_a_mesh_changes_nothing(sizes: tuple[int, int, int], trainable: str, che
 def test_a_tensor_axis_changes_nothing(record_property) -> None:
     found = train("full", make_mesh(2, 2, 2), chunk_rows=1, check_vma=False)
     assert_same_run(found, alone("full"), record_property)
+
+
+@pytest.mark.parametrize(("sizes", "check_vma"), [((8, 1, 1), True), ((2, 4, 1), False), ((2, 2, 2), False)], ids=str)
+def test_a_mesh_changes_nothing_of_any_loss(sizes: tuple[int, int, int], check_vma: bool, record_property) -> None:
+    found = train("full", make_mesh(*sizes), chunk_rows=1, check_vma=check_vma, options=EVERYTHING)
+    assert_same_run(found, alone("full", EVERYTHING), record_property)
+    assert found.before[(LOG_TEMPERATURE,)] != found.after[(LOG_TEMPERATURE,)]
+    np.testing.assert_allclose(found.by_data_set[:, 0].sum(1) / QUERIES, found.losses, rtol=1e-6)
+
+
+def test_a_learned_temperature_is_no_part_of_the_decoder() -> None:
+    _, state, _ = split("full")
+    rest, log_temperature = without_temperature(with_temperature(state, 0.1))
+    assert jax.tree.structure(rest) == jax.tree.structure(state)
+    assert log_temperature is not None
+    assert float(jnp.exp(log_temperature)) == pytest.approx(0.1)
+    assert without_temperature(state)[1] is None
 
 
 def test_losses_of_data_sets_are_parts_of_the_loss() -> None:
@@ -359,13 +430,20 @@ def abstract_batch(pairs: int, chunks: int, chunk_rows: int, length: int, slots:
     return Batch(
         tokens=ints(*rows, length),
         segments=ints(*rows, length),
+        first=ints(*rows, slots),
         last=ints(*rows, slots),
         pick=ints(2 * pairs),
         own=ints(pairs),
+        query_places=ints(pairs),
         candidates=ints(pairs),
         positives=ints(pairs),
         valid=ints(pairs, dtype=jnp.bool_),
+        query_codes=ints(pairs),
+        candidate_codes=ints(pairs),
+        known=ints(pairs, 2),
+        scores=ints(pairs, 0, dtype=jnp.float32),
         data_set=ints(pairs),
+        data_sets=ints(pairs),
     )
 
 

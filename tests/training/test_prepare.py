@@ -70,6 +70,45 @@ def test_sources_are_read_in_order_with_a_line_of_counts_each(workshop, load, ca
         read_sources(config.data.train, load().data)
 
 
+def test_every_kind_of_source_is_read(workshop, load, tmp_path, caplog):
+    (tmp_path / "marco" / "qrels").mkdir(parents=True)
+    corpus = [{"_id": "d1", "title": "", "text": "one"}, {"_id": "d2", "title": "", "text": "two"}]
+    write_jsonl(tmp_path / "marco" / "corpus.jsonl", corpus)
+    write_jsonl(tmp_path / "marco" / "queries.jsonl", [{"_id": "q1", "text": "which?"}])
+    (tmp_path / "marco" / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    write_jsonl(tmp_path / "mined.jsonl", [{"qid": "q1", "neg": ["d2"]}])
+    write_jsonl(
+        tmp_path / "ids.jsonl",
+        [{"query_id": "1", "query_text": "which?", "positive_document_ids": ["d2"], "negative_document_ids": ["d1"]}],
+    )
+    write_jsonl(tmp_path / "graded.jsonl", [{"a": "x", "b": "y", "g": 3}])
+    labelled = [{"text": f"text {n}", "label": n % 2} for n in range(6)]
+    write_jsonl(tmp_path / "labelled.jsonl", labelled)
+    sources = [
+        {"kind": "beir", "name": "marco", "path": str(tmp_path / "marco"), "split": "dev",
+         "mined": str(tmp_path / "mined.jsonl")},
+        {"kind": "jsonl", "name": "ids", "path": str(tmp_path / "ids.jsonl"), "corpus": str(tmp_path / "marco")},
+        {"kind": "jsonl", "name": "graded", "path": str(tmp_path / "graded.jsonl"), "anchor": "a", "positive": "b",
+         "score": "g"},
+        {"kind": "jsonl", "name": "labelled", "path": str(tmp_path / "labelled.jsonl"), "label_negatives": 2},
+    ]  # fmt: skip
+    config = load(data={"train": sources, "cache_dir": str(tmp_path / "cache")})
+    with caplog.at_level(logging.INFO):
+        marco, ids, graded, labels = read_sources(config.data.train, config.data)
+    assert (marco.anchors[0], marco.positives[0], list(marco.negatives[0])) == ("which?", "one", ["two"])
+    assert (ids.anchors[0], ids.positives[0], list(ids.negatives[0])) == ("which?", "two", ["one"])
+    assert graded.scores.tolist() == [[3.0]]
+    assert labels.negative_counts.tolist() == [2] * 6
+    for line in (
+        "marco: BEIR (1 negative a query), 1 pair kept, 0 dropped",
+        "ids: tevatron with document ids (1 negative a query), 1 pair kept, 0 dropped",
+        "labelled: labelled texts (2 negatives a query), 6 pairs kept, 0 dropped",
+    ):
+        assert line in caplog.messages
+    # Both name the corpus by its content, and find it on the disk once.
+    assert len(list((tmp_path / "cache" / "stores").iterdir())) == 2
+
+
 def test_the_configured_format_says_all_that_the_config_does(load):
     assert configured_format(load()) is None
     section = {

@@ -49,6 +49,7 @@ class StubEmbedder:
     text_format = DEFAULT_TEXT_FORMAT
     dim = 4
     model_hash = "89abcdef"
+    decoder = SimpleNamespace(config=SimpleNamespace(causal=True))
 
     def __init__(self, verification: str | None = None) -> None:
         self.verification = verification

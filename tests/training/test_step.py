@@ -17,8 +17,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from jaxembed.config import OptimizerConfig
+from jaxembed.config import OptimizerConfig, OptimizerGroup
 from jaxembed.data.loader import RowLayout, TextTable, pack_batch
+from jaxembed.errors import InputError
 from jaxembed.sharding import make_mesh, named_shardings, partition_specs
 from jaxembed.training.filters import TRAINABLE
 from jaxembed.training.gradient import LossOptions
@@ -90,6 +91,54 @@ def test_adamw_is_that_of_torch(clip):
         schedule.step()
     for name, value in theirs.items():
         np.testing.assert_allclose(np.asarray(state[name][...]), value.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_groups_are_those_of_torch(clip):
+    """Two groups and the rest, with a schedule, against AdamW's parameter groups."""
+    random = np.random.default_rng(0)
+    shapes = {"kernel": (5, 4), "bias": (4,), "scale": (4,), "table": (7, 3)}
+    start = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    state: Any = nnx.State({"up": {name: nnx.Param(jnp.asarray(value)) for name, value in start.items()}})
+    config = OptimizerConfig(
+        learning_rate=0.1, weight_decay=0.3, beta1=0.8, beta2=0.95, epsilon=1e-6, clip_norm=clip, warmup_steps=2,
+        schedule="cosine",
+        groups=[
+            OptimizerGroup(match="bias|scale$", learning_rate=0.7, weight_decay=0.2),
+            OptimizerGroup(match="^up/(table|bias)", learning_rate=0.01),
+        ],
+    )  # fmt: skip
+    ours = make_optimizer(config, 10)
+    moments = ours.init(state)
+
+    theirs = {name: torch.tensor(value, requires_grad=True) for name, value in start.items()}
+    groups = [
+        {"params": [theirs["bias"], theirs["scale"]], "lr": 0.7, "weight_decay": 0.2},
+        {"params": [theirs["table"]], "lr": 0.01, "weight_decay": 0.3},
+        {"params": [theirs["kernel"]], "weight_decay": 0.3},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.95), eps=1e-6)
+    schedule = get_cosine_schedule_with_warmup(adamw, 2, 10)
+    for size in (1e-3, 1.0, 30.0, 0.1, 1.0):
+        gradient = {name: (size * random.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+        grads = nnx.State({"up": {name: nnx.Param(jnp.asarray(value)) for name, value in gradient.items()}})
+        updates, moments = ours.update(grads, moments, state)
+        state = optax.apply_updates(state, updates)
+        for name, value in gradient.items():
+            theirs[name].grad = torch.tensor(value)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(theirs.values()), clip)
+        adamw.step()
+        schedule.step()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(np.asarray(state["up"][name][...]), value.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_a_group_that_takes_nothing_is_refused():
+    state = nnx.State({"up": {name: nnx.Param(jnp.zeros(2)) for name in ("kernel", "bias")}})
+    groups = [OptimizerGroup(match="bias", learning_rate=1.0), OptimizerGroup(match="s$", weight_decay=0.0)]
+    with pytest.raises(InputError, match=r"groups\.1\.match: 's\$' takes no parameter .* are up/bias, up/kernel"):
+        make_optimizer(OptimizerConfig(groups=groups), 10).init(state)
 
 
 def make_batch(mesh, seed, data_set):
