@@ -1,8 +1,13 @@
 """Memory for tensors on their way, used again: pages that a process has not touched yet cost more than a copy does."""
 
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
+
+_Item = TypeVar("_Item")
 
 _ALIGNMENT = 64  # what JAX takes over on a CPU without a copy
 _LARGEST_KEPT = 512 << 20
@@ -41,6 +46,15 @@ class Buffers:
         with self._lock:
             if self._taken.pop(id(owner), None) is not None and owner.nbytes <= _LARGEST_KEPT:
                 self._free.append(owner)
+
+
+def read_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same, the next one made in a thread while the present one is worked on; none of them is None."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = reader.submit(next, items, None)
+            yield item
 
 
 def _room(buffer: np.ndarray) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import jaxembed
-from jaxembed.checkpoint.buffers import Buffers
+from jaxembed.checkpoint.buffers import Buffers, read_ahead
 from jaxembed.checkpoint.directories import new_directory, refuse_target
 from jaxembed.checkpoint.export import exported_config, is_causal, write_description
 from jaxembed.checkpoint.huggingface import (
@@ -328,7 +328,7 @@ class _Passing:
 
     def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Source's names and values in the target's dtype, in Hugging Face's layout."""
-        for name, stored in _ahead(self._source.read(names, self.buffers)):
+        for name, stored in read_ahead(self._source.read(names, self.buffers)):
             array = stored.astype(self._specs[name].dtype, copy=False)
             if array is not stored:
                 self.buffers.give(stored)
@@ -365,15 +365,6 @@ class _Passing:
 
 def _give_back(buffers: Buffers, array: np.ndarray, _: Future[None]) -> None:
     buffers.give(array)
-
-
-def _ahead(items: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The same, the next one read in a thread while the present one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = reader.submit(next, items, None)
-            yield item
 
 
 def _write_orbax(partial: Path, conversion: Conversion, passing: _Passing) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from jaxembed.checkpoint.buffers import Buffers
+from jaxembed.checkpoint.buffers import Buffers, read_ahead
 from jaxembed.checkpoint.huggingface import ShapeDtype, check_weights, in_order
 from jaxembed.checkpoint.orbax import ArrayPath, read_store, read_to_host, store_contents
 from jaxembed.checkpoint.safetensors import StoredTensor, read_json
@@ -113,7 +113,7 @@ def read_tensors(tensors: Iterable[OrbaxTensor], buffers: Buffers) -> Iterator[t
     for checkpoint, group in itertools.groupby(tensors, key=lambda tensor: tensor.file):
         by_path = {tensor.path: tensor for tensor in group}
         wanted = {path: jax.ShapeDtypeStruct(_our_shape(tensor), tensor.dtype) for path, tensor in by_path.items()}
-        for path, array in read_to_host(checkpoint, wanted, buffers):
+        for path, array in read_ahead(read_to_host(checkpoint, wanted, buffers)):
             tensor = by_path[path]
             if tensor.assignment is not None:
                 ours = array
