@@ -163,7 +163,7 @@ def test_the_first_token_of_a_causal_decoder_is_refused(workshop: Workshop, caps
 
 
 def test_an_export_of_it_is_refused_before_it_is_there(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
-    text_format, target = workshop.folder / "first.json", workshop.folder / "first"
+    text_format, target = workshop.folder / "exported.json", workshop.folder / "exported"
     text_format.write_text(json.dumps({**ROLES, "pooling": "first"}))
     arguments = [workshop.base, target, "--to", "sentence-transformers", "--text-format", text_format]
     assert run_command(convert.main, [str(argument) for argument in arguments]) == 2
