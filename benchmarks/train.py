@@ -69,7 +69,7 @@ def our_step(
         nonlocal state
         losses = []
         for batch in texts:
-            fields = pack_batch(ids, batch, np.zeros(size, int), layout)  # type: ignore[arg-type] (indexed by number)
+            fields = pack_batch(ids, batch, np.zeros(size, int), layout)
             state, metrics = step(state, frozen, put_batch(fields, mesh))
             losses.append(metrics.loss)
         return [float(loss) for loss in losses]

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from jaxembed.errors import InputError
+from jaxembed.errors import FULL_DISK, InputError
 
 COMMANDS = {
     "train": "train an embedder as a config file says",
@@ -54,6 +54,11 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f"error: {error}; make room and run it again", file=sys.stderr)
         return 1
 
 

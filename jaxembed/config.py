@@ -40,7 +40,7 @@ _Count = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Float = Literal["float32", "bfloat16"]
 _Recompute = Literal["none", "dots", "full"]
-_RowFormat = Literal[
+RowFormat = Literal[
     "sentence-transformers",
     "graded",
     "tevatron",
@@ -254,7 +254,7 @@ class JsonlSource(_SourceSection):
     path: _FilePath = Field(
         description=".jsonl, .tsv or .csv, each also with .gz, or .parquet; from the current directory"
     )
-    format: _RowFormat | None = Field(
+    format: RowFormat | None = Field(
         default=None, description="format of the rows; null = by the keys of the first one"
     )
     anchor: _Text | None = Field(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -195,8 +195,8 @@ class Embedder:
         """
         one = isinstance(sentences, str)
         texts = _checked([sentences] if one else sentences)
-        role: RoleName = "query" if prompt_name is None else prompt_name  # type: ignore[assignment]
-        self.text_format.role(role)
+        role = cast(RoleName, "query" if prompt_name is None else prompt_name)
+        self.text_format.role(role)  # refuses another name
         dim = self.dim if truncate_dim is None else _whole_number("truncate_dim", truncate_dim, self.dim)
         quantize = functools.partial(
             quantize_embeddings, precision=precision, ranges=ranges, calibration_embeddings=calibration_embeddings

@@ -1,7 +1,6 @@
 """`python -m jaxembed.prepare CONFIG`: builds what a config's sources need, so that training starts at once."""
 
 import argparse
-import errno
 import logging
 import sys
 import tempfile
@@ -41,13 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dataset is not None:
         if overrides:
             parser.error(f"unrecognized arguments beside --dataset: {' '.join(overrides)}")
-        return _reporting_full_disks(lambda: _prepare_dataset(arguments))
+        _prepare_dataset(arguments)
+        return 0
     if not overrides or overrides[0].startswith("-"):
         parser.error("the first argument has to be a config file, such as configs/quickstart.yaml, or --dataset NAME")
     if arguments.manual_dir is not None or arguments.data_dir is not None:
         parser.error("--manual-dir and --data-dir go with --dataset; a config has them as data.train.N.manual_dir, …")
     config = load_config(overrides[0], overrides[1:])
-    return _reporting_full_disks(lambda: _prepare_config(config))
+    _prepare_config(config)
+    return 0
 
 
 def _prepare_dataset(arguments: argparse.Namespace) -> None:
@@ -77,17 +78,6 @@ def _prepare_config(config: TrainConfig) -> None:
     pairs, texts = sum(map(len, examples)), sum(len(cache.distinct_hashes) for cache in table.caches)
     tokens = sum(len(cache.tokens) for cache in table.caches)
     print(f"ready: {pairs:,} pairs, {texts:,} texts, {tokens:,} tokens in the token cache")
-
-
-def _reporting_full_disks(prepare) -> int:
-    try:
-        prepare()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"error: {error}; make room and run it again", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

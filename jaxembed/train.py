@@ -1,7 +1,6 @@
 """`python -m jaxembed.train CONFIG [--section.key value …]`: trains an embedder as a config file says."""
 
 import argparse
-import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from etils import epath
 
 from jaxembed.__main__ import run_command
 from jaxembed.config import TrainConfig, load_config, options_help
-from jaxembed.errors import InputError
+from jaxembed.errors import FULL_DISK, InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL_DISK:
             raise
         print(f"error: could not write in {config.run_dir}: {error}; make room, then --resume it", file=sys.stderr)
         return 1

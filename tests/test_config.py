@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from jaxembed.config import JsonlSource, PythonSource, TrainConfig, dump_config, json_schema, load_config, options_help
-from jaxembed.data.formats import FormatName
+from jaxembed.data.formats import RowFormat
 from jaxembed.errors import InputError
 
 QUICKSTART = """
@@ -218,4 +218,4 @@ def test_rows_have_a_format_or_named_columns(load):
 
 def test_the_formats_are_those_that_can_be_read():
     options = JsonlSource.model_fields["format"].annotation
-    assert set(get_args(get_args(options)[0])) == set(get_args(FormatName))
+    assert set(get_args(get_args(options)[0])) == set(get_args(RowFormat))

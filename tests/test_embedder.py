@@ -444,7 +444,7 @@ def test_similarity_of_what_does_not_fit(model: Embedder) -> None:
     with pytest.raises(InputError, match="one width"):
         model.similarity(vectors, vectors[:, :8])
     with pytest.raises(InputError, match="expected embeddings"):
-        model.similarity(["a"], vectors)  # type: ignore[arg-type]
+        model.similarity(["a"], vectors)
     with pytest.raises(InputError, match="expected float embeddings, found int8"):
         model.similarity(vectors, model.encode(["a", "b"], precision="binary"))
 
@@ -505,7 +505,7 @@ def test_a_text_format_as_in_a_config(source: Path) -> None:
     assert Embedder.from_pretrained(source, text_format=keys).text_format == FORMATS["prefixes"]
     for wrong in ({"queries": {}}, "udever"):
         with pytest.raises(InputError, match="text_format"):
-            Embedder.from_pretrained(source, text_format=wrong)  # type: ignore[arg-type]
+            Embedder.from_pretrained(source, text_format=wrong)
 
 
 def test_udever_needs_no_text_format(source: Path) -> None:
@@ -552,4 +552,4 @@ def test_public_names() -> None:
     assert jaxembed.TextFormat is TextFormat
     assert isinstance(jaxembed.__version__, str)
     with pytest.raises(AttributeError, match="no attribute 'Embeder'"):
-        jaxembed.Embeder  # type: ignore[attr-defined]  # noqa: B018
+        jaxembed.Embeder  # noqa: B018

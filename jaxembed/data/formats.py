@@ -12,20 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from jaxembed.config import RowFormat
 from jaxembed.data.rows import Row, checked_text, keys_of, text_at, type_name, value_at
 from jaxembed.errors import InputError
-
-FormatName = Literal[
-    "sentence-transformers",
-    "graded",
-    "tevatron",
-    "tevatron-ids",
-    "flagembedding",
-    "gritlm",
-    "ms-swift",
-    "labelled",
-    "nli",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +62,7 @@ class Reader:
         unused: keys of the first row that are not read.
     """
 
-    format: FormatName
+    format: RowFormat
     described: str
     kind: Literal["pairs", "graded", "ids", "labels", "inference"]
     read: Callable[[Row], Any]
@@ -88,7 +77,7 @@ class _Format:
     reader: Callable[[Row], Reader]
 
 
-def recognise(row: Row, format: FormatName | None = None) -> Reader:
+def recognise(row: Row, format: RowFormat | None = None) -> Reader:
     """How to read a file with this first row.
 
     Args:
@@ -100,7 +89,7 @@ def recognise(row: Row, format: FormatName | None = None) -> Reader:
     """
     if format is not None:
         return (_ordered_columns if format == "sentence-transformers" else _FORMATS[format].reader)(row)
-    fitting: list[FormatName] = [name for name in _FORMATS if _FORMATS[name].fits(row)]
+    fitting: list[RowFormat] = [name for name in _FORMATS if _FORMATS[name].fits(row)]
     fitting = [name for name in fitting if name not in _BY_PLAIN_NAMES] or fitting
     if len(fitting) == 1:
         return _FORMATS[fitting[0]].reader(row)
@@ -262,7 +251,7 @@ def _graded(row: Row) -> Reader:
 
 
 def _graded_columns(
-    format: FormatName, row: Row, anchor: str, positive: str, negatives: Sequence[str], score: str
+    format: RowFormat, row: Row, anchor: str, positive: str, negatives: Sequence[str], score: str
 ) -> Reader:
     if negatives:
         raise InputError(f"graded pairs have no negatives, found the columns {', '.join(map(repr, negatives))}")
@@ -504,7 +493,7 @@ def _is_text_and_list(row: Row, text: str, others: str) -> bool:
     return isinstance(row.get(text), str) and isinstance(row.get(others), list)
 
 
-_FORMATS: dict[FormatName, _Format] = {
+_FORMATS: dict[RowFormat, _Format] = {
     "sentence-transformers": _Format(
         "anchor, query or question; positive, answer, passage, document, code, …; or sentence1 and sentence2, s1 and "
         "s2, title and abstract, …; negative or negative_1, negative_2, …; scores (a list, of a teacher)",

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from jaxembed.data.formats import FormatName, Group, NamedGroup, Reader, number, recognise
+from jaxembed.data.formats import Group, NamedGroup, Reader, RowFormat, number, recognise
 from jaxembed.data.labels import DUPLICATE, EMPTY_TEXT, inference_groups, label_groups
 from jaxembed.data.rows import SKIP_REMEDY, Row, file_fingerprint, numbered_rows, text_at, value_at
 from jaxembed.data.text_store import CORPUS_KEYS, Picked, PickedRows, TextStore, find_corpus, store_of_file
@@ -156,7 +156,7 @@ def read_rows(
     path: str | os.PathLike[str],
     *,
     name: str,
-    format: FormatName | None = None,
+    format: RowFormat | None = None,
     corpus: str | os.PathLike[str] | None = None,
     split: str | None = None,
     label_negatives: int = 1,

@@ -1,5 +1,6 @@
 """What the builders share: original files, and rows in their order in shards of bounded size, without TensorFlow."""
 
+import abc
 import itertools
 import socket
 import urllib.parse
@@ -29,9 +30,9 @@ class OrderedBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     code_path = None  # where tfds looks for a list of checksums; finding it takes `importlib_resources`
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The original files, under the names that docs/datasets.md lists."
 
+    @abc.abstractmethod
     def _rows(self, dl_manager: Any) -> tuple[int, Iterator[Row]]:
         """How many rows there are, and the rows."""
-        raise NotImplementedError
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator[tuple[int, Row]]]]]:
         count, rows = self._rows(dl_manager)

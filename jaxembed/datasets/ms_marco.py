@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -55,7 +55,7 @@ SCORES = Original(
 class MsMarco(OrderedBuilder):
     """MS MARCO passages; training queries with hard negatives by the rule of sentence-transformers and SGPT."""
 
-    BUILDER_CONFIGS = [  # noqa: RUF012
+    BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
         tfds.core.BuilderConfig(name="passages", description="Row i is the passage with id i."),
         tfds.core.BuilderConfig(
             name="hard_negatives",

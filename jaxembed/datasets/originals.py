@@ -68,7 +68,7 @@ def opened(path: epath.Path, original: Original, task: str) -> Iterator[IO[bytes
             file.seek(0)
             hidden = size < PROGRESS_FROM_BYTES
             with tqdm(total=size, unit="B", unit_scale=True, desc=f"{task}: {path.name}", disable=hidden) as bar:
-                counted = io.BufferedReader(_Counted(file, bar), _BLOCK)  # type: ignore[type-var]
+                counted = io.BufferedReader(_Counted(file, bar), _BLOCK)
                 content = io.BufferedReader(gzip.GzipFile(fileobj=counted), _BLOCK) if gzipped else counted
                 yield content if content.peek(512)[257:262] != b"ustar" else _member(content, original, path)
     except DAMAGE as error:

@@ -1,13 +1,13 @@
 """Mined negatives as rows of the formats that trainers read, in a file that is whole or not there."""
 
 import gzip
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -177,9 +177,9 @@ def write_mined(
     return rows
 
 
-def _packed(file: io.BufferedIOBase, compressed: bool) -> Any:
+def _packed(file: IO[bytes], compressed: bool) -> AbstractContextManager[Any]:
     # No name and no time in the header: equal rows, equal bytes.
-    return gzip.GzipFile("", "wb", fileobj=file, mtime=0) if compressed else io.BufferedWriter(file)  # type: ignore[arg-type]
+    return gzip.GzipFile("", "wb", fileobj=file, mtime=0) if compressed else nullcontext(file)
 
 
 def _rows(mined: Mined, query: int) -> Int[np.ndarray, " some"]:

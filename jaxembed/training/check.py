@@ -12,6 +12,7 @@ from jaxembed.data.sources import Examples
 from jaxembed.text.format import RoleName
 from jaxembed.text.tokenizer import TextTokenizer
 from jaxembed.training.prepare import prepare_tokenizer, read_sources, source_tokenizer, train_token_ids
+from jaxembed.training.step import warmup_steps
 
 _SAMPLED = 256
 _WIDTH = 160  # characters of a shown text
@@ -47,11 +48,9 @@ def check(config: TrainConfig) -> str:
     lines = []
     for source, section, count in zip(sources, config.data.train, drawn.tolist()):
         lines += [_drawn(source, count), *_sample(source, *source_tokenizer(tokenizer, section, source)), ""]
-    warmup = config.optimizer.warmup_steps
-    warmup = round(config.optimizer.warmup_ratio * schedule.steps) if warmup is None else warmup
     lines.append(
         f"{schedule.steps:,} steps of {config.training.batch_size:,} pairs, {schedule.steps_per_epoch:,} an epoch, "
-        f"{warmup:,} of them warm-up; nothing was trained, nothing written"
+        f"{warmup_steps(config.optimizer, schedule.steps):,} of them warm-up; nothing was trained, nothing written"
     )
     return "\n".join(lines)
 

@@ -166,14 +166,14 @@ def source_tokenizer(
     tokenizer: TextTokenizer, source: Source, examples: Examples
 ) -> tuple[TextTokenizer, tuple[RoleName, RoleName]]:
     """The tokenizer with the source's own instructions, and the roles of its anchors and its documents."""
-    format = tokenizer.text_format
+    text_format = tokenizer.text_format
     roles: tuple[RoleName, RoleName] = ("query", "query" if is_symmetric(source, examples) else "document")
     own = {
-        role: dataclasses.replace(format.role(role), instruction=instruction)
+        role: dataclasses.replace(text_format.role(role), instruction=instruction)
         for role, instruction in (("query", source.query_instruction), ("document", source.document_instruction))
         if instruction is not None
     }
-    return (tokenizer.with_format(dataclasses.replace(format, **own)) if own else tokenizer), roles
+    return (tokenizer.with_format(dataclasses.replace(text_format, **own)) if own else tokenizer), roles
 
 
 def prepare_tokenizer(

@@ -53,9 +53,14 @@ class StepMetrics:
     """After the update, where it is learned."""
 
 
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """Of a run of `steps`."""
+    return round(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
+
+
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up from zero, then constant, or linear or half a cosine down to zero at `steps`."""
-    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * steps)
+    warmup = warmup_steps(config, steps)
     peak, rest = config.learning_rate, max(steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),

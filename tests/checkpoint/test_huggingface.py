@@ -17,6 +17,8 @@ from jaxembed.checkpoint.safetensors import open_tensors, raw_bytes, write_safet
 from jaxembed.errors import InputError
 from jaxembed.models.weights import TRANSPOSE, Relayout, WeightRule
 
+from checkpoints import stored_bytes
+
 LAYERS, HEADS, HEAD_DIM, VOCAB = 3, 6, 8, 97
 DIM = HEADS * HEAD_DIM
 BLOOM = {"prefixes": ("transformer.",), "ignored": ("lm_head.weight",), "progress": False}
@@ -82,16 +84,6 @@ def save_bloom(directory: Path, kind=BloomModel, dtype: str = "float32", layers:
         torch.nn.init.normal_(parameter)
     model.to(getattr(torch, dtype)).save_pretrained(directory, **options)
     return model
-
-
-def stored_bytes(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """By the safetensors package: our reader is not its own witness."""
-    tensors = {}
-    for file in directory.glob("*.safetensors"):
-        for name, tensor in safetensors.torch.load_file(file).items():
-            values = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            tensors[name] = (str(tensor.dtype), tuple(tensor.shape), values)
-    return tensors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

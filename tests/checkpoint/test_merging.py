@@ -113,7 +113,7 @@ def test_checkpoints_equal_float64(tmp_path: Path, method: str, dtype: str) -> N
     convert(plan_conversion(open_source(paths[1]), "orbax"), tmp_path / "orbax", progress=False)
     sources = [open_source(path) for path in (paths[0], tmp_path / "orbax", *paths[2:])]
     target = tmp_path / "merged"
-    summary = merge(Merge(sources, method, weights, t), target, progress=False)  # type: ignore[arg-type]
+    summary = merge(Merge(sources, method, weights, t), target, progress=False)
     found = read(target)
     wanted = expected(models, combine)
     assert found.keys() == wanted.keys()
@@ -263,7 +263,7 @@ def test_a_head_in_one_of_two(tmp_path: Path) -> None:
 def test_ways_that_make_no_sense(tmp_path: Path, options: dict[str, object], message: str) -> None:
     source = open_source(write_checkpoint(tmp_path / "a", random_weights()))
     with pytest.raises(InputError, match=message):
-        Merge([source, source], **options)  # type: ignore[arg-type]
+        Merge([source, source], **options)
 
 
 def test_numbers_of_models(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_a_base_tokenizer_gives_no_tokens_for_no_text(copy: Path) -> None:
     """bloom's own adds no end token; a sequence of nothing has no hidden states."""
     (copy / TEXT_FORMAT_FILE).unlink()
     tokenizer = TextTokenizer(BPE, DEFAULT_TEXT_FORMAT).tokenizer
-    tokenizer.post_processor = None  # type: ignore[assignment]
+    tokenizer.post_processor = None
     tokenizer.save(str(copy / "tokenizer.json"))
     result = verify_conversion(copy, copy)
     assert result.ok

@@ -98,9 +98,9 @@ def test_a_format_written_is_read_back(tmp_path: Path, name: str, rows: list, ex
     for format in (None, name):
         if not kept:
             with pytest.raises(InputError, match="no pair left"):
-                read_rows(path, name="rows", format=format)  # type: ignore[arg-type]
+                read_rows(path, name="rows", format=format)
             continue
-        found = read_rows(path, name="rows", format=format)  # type: ignore[arg-type]
+        found = read_rows(path, name="rows", format=format)
         assert columns(found) == kept
         assert found.dropped == dropped
         assert found.scores is None
@@ -165,7 +165,7 @@ def test_graded_pairs_keep_equal_texts(tmp_path: Path, keys: tuple[str, ...], ro
     for one, other, grade in rows:
         first.setdefault((one, other), grade)
     for format in (None, "graded", "sentence-transformers"):
-        found = read_rows(path, name="rows", format=format)  # type: ignore[arg-type]
+        found = read_rows(path, name="rows", format=format)
         assert list(zip(found.anchors, found.positives)) == list(first)
         assert found.scores is not None
         np.testing.assert_array_equal(found.scores[:, 0], np.array(list(first.values()), np.float32))
@@ -414,7 +414,7 @@ UNKNOWN = [
 def test_unknown_keys_are_an_error_that_knows_the_formats(tmp_path: Path, row: Row, words: str, bad_rows: str) -> None:
     path = write(tmp_path / "rows.jsonl", [row])
     with pytest.raises(InputError) as caught:
-        read_rows(path, name="rows", bad_rows=bad_rows)  # type: ignore[arg-type]
+        read_rows(path, name="rows", bad_rows=bad_rows)
     message = str(caught.value)
     assert f"{path}:1: " in message
     assert words in message

@@ -263,7 +263,7 @@ def test_tokenized_examples(tmp_path: Path, negatives: int, monkeypatch: pytest.
             assert (example >= 0).sum() == len(texts)
             assert (example[: len(texts)] >= 0).all()
             for number, text, role in zip(example, texts, roles):
-                ids = TOKENIZER([text], role)[0]  # type: ignore[arg-type]
+                ids = TOKENIZER([text], role)[0]
                 np.testing.assert_array_equal(table[int(number)], ids)
                 assert table.lengths[number] == len(ids)
                 assert table.hashes[number] == text_hash(text)
@@ -449,9 +449,9 @@ def test_a_source_may_have_its_own_tokenizer_and_roles(tmp_path: Path) -> None:
     negatives = [tuple(each) for each in picked.negatives]
     listed = dataclasses.replace(picked, fingerprint="l", positives=list(picked.positives), negatives=negatives)
     own = [(TOKENIZER, ("query", "document")), (other, ("query", "query")), (other, ("query", "query"))]
-    table, found = tokenize_examples([picked, picked, listed], [None] * 3, TOKENIZER, tmp_path, 1, own)  # type: ignore[arg-type]
+    table, found = tokenize_examples([picked, picked, listed], [None] * 3, TOKENIZER, tmp_path, 1, own)
     for data_set, (tokenizer, roles) in zip(found, own):
         for row, anchor, texts in zip(data_set.texts, picked.anchors, rows):
             wanted = [(anchor, roles[0]), *((store[text], roles[1]) for text in texts.tolist())]
             for number, (text, role) in zip(row, wanted, strict=True):
-                np.testing.assert_array_equal(table[int(number)], tokenizer([text], role)[0])  # type: ignore[arg-type]
+                np.testing.assert_array_equal(table[int(number)], tokenizer([text], role)[0])

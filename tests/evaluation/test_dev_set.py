@@ -79,7 +79,7 @@ def test_metrics_and_loss_one_by_one(batch_size: int, temperature: float, normal
     """By cosine, whether the model's own embeddings are of unit length or not."""
     pairs = random_pairs(60)
     dev, stub = DevSet.of(examples_of(pairs)), Stub()
-    found = dev.evaluate(Stub(normalize), temperature=temperature, batch_size=batch_size)  # type: ignore[arg-type]
+    found = dev.evaluate(Stub(normalize), temperature=temperature, batch_size=batch_size)
     wanted: dict[str, list[str]] = {}
     for anchor, positive in pairs:
         wanted.setdefault(anchor, []).append(positive)
@@ -114,7 +114,7 @@ def test_metrics_and_loss_one_by_one(batch_size: int, temperature: float, normal
 def test_search_gives_the_best_by_cosine(normalize: bool) -> None:
     dev, stub = DevSet.of(examples_of(random_pairs(60))), Stub(normalize)
     queries = ["query 1", "never seen"]
-    for query, hits in zip(queries, dev.search(stub, queries, hits=4), strict=True):  # type: ignore[arg-type]
+    for query, hits in zip(queries, dev.search(stub, queries, hits=4), strict=True):
         a = stub.encode_query([query], normalize_embeddings=True)[0]
         cosines = stub.encode_document(dev.documents, normalize_embeddings=True) @ a
         best = np.argsort(-cosines)[:4]
@@ -122,8 +122,8 @@ def test_search_gives_the_best_by_cosine(normalize: bool) -> None:
         assert [source for _, source, _ in hits] == [dev.ids[place] for place in best]
         np.testing.assert_allclose([score for score, _, _ in hits], cosines[best], atol=1e-6)
     few = DevSet.of(examples_of([("q", "x")]))
-    assert [len(hits) for hits in few.search(stub, ["a", "b"], hits=3)] == [1, 1]  # type: ignore[arg-type]
-    assert few.search(stub, queries[:1])[0][0][1:] == ("line 0", "x")  # type: ignore[arg-type]
+    assert [len(hits) for hits in few.search(stub, ["a", "b"], hits=3)] == [1, 1]
+    assert few.search(stub, queries[:1])[0][0][1:] == ("line 0", "x")
 
 
 def test_bm25_on_the_same_texts() -> None:
@@ -149,7 +149,7 @@ def test_graded_pairs_give_spearman_s_correlation() -> None:
         [sorted(column).index(x) + (column.count(x) - 1) / 2 for x in column] for column in (cosines, grades.tolist())
     ]
     expected = np.corrcoef(ranks)[0, 1]
-    assert found.evaluate(stub, temperature=1.0, batch_size=2) == pytest.approx({"spearman": expected})  # type: ignore
+    assert found.evaluate(stub, temperature=1.0, batch_size=2) == pytest.approx({"spearman": expected})
     assert found.bm25() == {}
     with pytest.raises(InputError, match=r"data\.dev: all pairs of dev have the grade 3"):
         dev_set(dataclasses.replace(examples, scores=np.full((5, 1), 3.0)))
@@ -174,5 +174,5 @@ def test_instructions_of_a_dev_set_go_before_its_texts(suffix: str) -> None:
         (Reading("find ", "", symmetric=True), [("query", "q: find "), ("query", "q: ")]),
     ):
         calls.clear()
-        DevSet.of(examples_of(pairs), reading).evaluate(Listening(), temperature=1.0, batch_size=2)  # type: ignore
+        DevSet.of(examples_of(pairs), reading).evaluate(Listening(), temperature=1.0, batch_size=2)
         assert calls == expected

@@ -194,7 +194,7 @@ def test_no_more_than_three_blocks_are_in_memory(world: dict[str, Any]) -> None:
 def test_cross_scores_and_their_margin_go_together(world: dict[str, Any], margin: float | None, cross: bool) -> None:
     options = Options(filters=Filters(cross_margin=margin))
     with pytest.raises(InputError, match="given together"):
-        mine(world["task"], None, None, options, cross_scores=world["cross"] if cross else None)  # type: ignore[arg-type]
+        mine(world["task"], None, None, options, cross_scores=world["cross"] if cross else None)
 
 
 @pytest.mark.parametrize(("options", "message"), [({"count": 0}, "at least 1"), ({"recall": 1.0}, "between 0 and 1")])

@@ -106,4 +106,4 @@ def test_the_funnel_adds_up() -> None:
 )
 def test_numbers_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Filters(**options)  # type: ignore[arg-type]
+        Filters(**options)

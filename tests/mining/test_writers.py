@@ -93,7 +93,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, mined: Mined, monkeypat
         yield {"half": "a row"}
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(FORMATS, "gritlm", dies)  # type: ignore[arg-type]
+    monkeypatch.setitem(FORMATS, "gritlm", dies)
     with pytest.raises(KeyboardInterrupt):
         write_mined(file, mined, "gritlm", progress=False)
     assert file.read_text() == "before"

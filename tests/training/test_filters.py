@@ -31,7 +31,7 @@ def trainable(name: str, model: Bloom) -> nnx.State:
 
 
 def section(trainable: str, **options: Any) -> TrainingConfig:
-    return TrainingConfig(steps=1, trainable=trainable, **options)  # type: ignore[arg-type]
+    return TrainingConfig(steps=1, trainable=trainable, **options)
 
 
 def split(config: TrainingConfig, model: Any, layers: int, tokens: Sequence[int] = ()) -> Any:
@@ -153,7 +153,7 @@ def test_options_that_do_not_go_together(options: dict[str, Any], expected: str)
 )
 def test_groups_that_say_nothing_sensible(group: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValidationError, match=expected):
-        OptimizerConfig(groups=[group])  # type: ignore[list-item]
+        OptimizerConfig(groups=[group])
 
 
 # ---- training of parts

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
+from tensorboardX.proto.event_pb2 import Event
 
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.config import load_config

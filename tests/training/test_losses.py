@@ -286,7 +286,7 @@ def test_cosent_on_many_pairs() -> None:
     unit = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(4096, 2)
     leaf = torch.tensor(vectors, requires_grad=True)
     columns = [unit, leaf]
-    module = theirs.CoSENTLoss(None, similarity_fct=lambda a, b: (a * b).sum(1))  # type: ignore[arg-type]
+    module = theirs.CoSENTLoss(None, similarity_fct=lambda a, b: (a * b).sum(1))
     expected = module.compute_loss_from_embeddings(columns, torch.tensor(grades))
     expected.backward()
     assert float(found) == pytest.approx(expected.item(), rel=1e-5)
@@ -314,7 +314,7 @@ def test_documents_without_a_score_are_not_distilled() -> None:
 def test_distillation_to_embeddings_is_that_of_sentence_transformers(loss, metric: str) -> None:
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(5, DIM)).astype(np.float32), rng.normal(size=(5, DIM)).astype(np.float32)
-    module = theirs.EmbedDistillLoss(None, distance_metric=metric)  # type: ignore[arg-type]
+    module = theirs.EmbedDistillLoss(None, distance_metric=metric)
     leaf = torch.tensor(student, dtype=torch.float64, requires_grad=True)
     expected = module.compute_loss_from_embeddings([leaf], [torch.tensor(teacher)])
     expected.backward()
@@ -329,7 +329,7 @@ def test_spread_is_that_of_sentence_transformers(texts: int, dim: int) -> None:
     """With more texts than dimensions and with fewer."""
     x = np.random.default_rng(0).normal(size=(texts, dim)) + 0.5
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    module = theirs.GlobalOrthogonalRegularizationLoss(None, similarity_fct=lambda a, b: a @ b.T)  # type: ignore[arg-type]
+    module = theirs.GlobalOrthogonalRegularizationLoss(None, similarity_fct=lambda a, b: a @ b.T)
     for term in (0, 1):
         leaf = torch.tensor(x, dtype=torch.float64, requires_grad=True)
         expected = module.compute_gor(leaf)[term]

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
+from tensorboardX.proto.event_pb2 import Event
 
 from jaxembed.training.metrics import MetricsWriter
 

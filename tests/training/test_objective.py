@@ -50,7 +50,7 @@ class Case:
             query_codes=codes[:QUERIES], candidate_codes=codes[QUERIES:], known=known,
             scores=self.scores.astype(np.float32), data_set=data_set.astype(np.int32),
             data_sets=data_set.astype(np.int32),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
 
 def case_of(seed: int, plain: bool = False) -> Case:
@@ -206,19 +206,19 @@ def st_loss(loss: Loss, dims: tuple[tuple[int, float], ...] = ()) -> Loss:
     """Matryoshka over a loss, as MatryoshkaLoss does it."""
     if not dims:
         return loss
-    return lambda columns, labels: sum(  # type: ignore[return-value]
+    return lambda columns, labels: sum(
         weight * loss([shrink(column, dim) for column in columns], labels) for dim, weight in dims
     )
 
 
 def ranking(**options: Any) -> Loss:
-    module = theirs.MultipleNegativesRankingLoss(None, scale=20.0, **options)  # type: ignore[arg-type]
+    module = theirs.MultipleNegativesRankingLoss(None, scale=20.0, **options)
     return module.compute_loss_from_embeddings
 
 
 def spread(columns: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     module = theirs.GlobalOrthogonalRegularizationLoss(
-        None,  # type: ignore[arg-type]
+        None,
         mean_weight=0.5,
         second_moment_weight=2.0,
         aggregation="sum",
@@ -228,12 +228,12 @@ def spread(columns: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
 
 
 def cosent(columns: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    return theirs.CoSENTLoss(None).compute_loss_from_embeddings(columns[:2], labels[:, 0])  # type: ignore[arg-type]
+    return theirs.CoSENTLoss(None).compute_loss_from_embeddings(columns[:2], labels[:, 0])
 
 
 def kl(temperature: float, teacher_temperature: float) -> Loss:
     module = theirs.DistillKLDivLoss(
-        None,  # type: ignore[arg-type]
+        None,
         student_temperature=temperature,
         teacher_temperature=teacher_temperature,
     )
@@ -241,7 +241,7 @@ def kl(temperature: float, teacher_temperature: float) -> Loss:
 
 
 def margin_mse(columns: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    return theirs.MarginMSELoss(None).compute_loss_from_embeddings(columns, labels)  # type: ignore[arg-type]
+    return theirs.MarginMSELoss(None).compute_loss_from_embeddings(columns, labels)
 
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")

@@ -122,7 +122,7 @@ def test_without_git_there_is_no_revision(tmp_path: Path, monkeypatch: pytest.Mo
             raise error
 
         monkeypatch.setattr(subprocess, "run", fails)
-        report.write_run_files(epath.Path(tmp_path), config, batches)  # type: ignore[arg-type]
+        report.write_run_files(epath.Path(tmp_path), config, batches)
         assert json.loads((tmp_path / report.RUN_FILE).read_text())["git"] is None
 
 

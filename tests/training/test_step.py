@@ -146,7 +146,7 @@ def make_batch(mesh, seed, data_set):
     random = np.random.default_rng(seed)
     texts = [random.integers(4, SHAPE.vocab_size, random.integers(2, 12)).astype(np.int32) for _ in range(16)]
     lengths = np.array([len(text) for text in texts])
-    table = TextTable((texts,), np.array([0]), lengths, np.arange(16, dtype=np.uint64))  # type: ignore[arg-type]
+    table = TextTable((texts,), np.array([0]), lengths, np.arange(16, dtype=np.uint64))
     rows = np.arange(16).reshape(2, 8).T
     layout = RowLayout(row_length=16, slots=4, chunk_rows=2, chips=mesh.size, chunks=(1, 8), density=0.5)
     return put_batch(pack_batch(table, rows, np.array(data_set), layout), mesh)
@@ -180,7 +180,7 @@ def test_bookkeeping_of_a_step(trainable, axes):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(previous)), "the state is not held twice"
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places)):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-    assert step._cache_size() == 1  # type: ignore[attr-defined], "one shape of batch, one compilation"
+    assert step._cache_size() == 1, "one shape of batch, one compilation"
     moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.trainable))]
     assert all(moved)
 
