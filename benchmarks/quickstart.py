@@ -18,7 +18,7 @@ def pair_counts(overrides: list[str]) -> list[dict[str, object]]:
     """What the sources of the config give on this interpreter."""
     from jaxembed.config import load_config
     from jaxembed.data.sources import describe_dropped
-    from jaxembed.training.prepare import read_sources
+    from jaxembed.training.texts import read_sources
 
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", overrides)
     return [

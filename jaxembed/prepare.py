@@ -63,7 +63,7 @@ def _prepare_config(config: TrainConfig) -> None:
     import jax  # this and what follows take seconds to import
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, and is of no use here
-    from jaxembed.training.prepare import prepare_texts, prepare_tokenizer, read_sources
+    from jaxembed.training.texts import prepare_texts, prepare_tokenizer, read_sources
 
     for source in (*config.data.train, *config.data.dev):
         if isinstance(source, TfdsSource):

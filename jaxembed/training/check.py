@@ -11,8 +11,8 @@ from jaxembed.data.plan import DataSet, Mixing, run_plan
 from jaxembed.data.sources import Examples
 from jaxembed.text.format import RoleName
 from jaxembed.text.tokenizer import TextTokenizer
-from jaxembed.training.prepare import prepare_tokenizer, read_sources, source_tokenizer, train_token_ids
 from jaxembed.training.step import warmup_steps
+from jaxembed.training.texts import prepare_tokenizer, read_sources, source_tokenizer, train_token_ids
 
 _SAMPLED = 256
 _WIDTH = 160  # characters of a shown text

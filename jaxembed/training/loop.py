@@ -30,14 +30,11 @@ from jaxembed.training.filters import trains
 from jaxembed.training.gradient import with_temperature, without_temperature
 from jaxembed.training.metrics import MetricsWriter, StepLog
 from jaxembed.training.prepare import (
-    is_symmetric,
     loss_options,
     parameter_dtype,
     prepare_batches,
     prepare_decoder,
     prepare_parts,
-    prepare_tokenizer,
-    read_sources,
 )
 from jaxembed.training.report import (
     CONFIG_FILE,
@@ -59,6 +56,7 @@ from jaxembed.training.step import (
     put_batch,
 )
 from jaxembed.training.termination import Stopped, Termination
+from jaxembed.training.texts import is_symmetric, prepare_tokenizer, read_sources
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,9 @@ from jaxembed.models.weights import ParameterPath, Plan, assignments, shorten
 from jaxembed.text.tokenizer import TextTokenizer
 from jaxembed.training.filters import trains, with_parts
 from jaxembed.training.gradient import LOG_TEMPERATURE
-from jaxembed.training.prepare import parameter_dtype, scratch_decoder, train_token_ids
+from jaxembed.training.prepare import parameter_dtype, scratch_decoder
 from jaxembed.training.report import CONFIG_FILE
+from jaxembed.training.texts import train_token_ids
 
 _Tensors = Iterator[tuple[str, np.ndarray]]
 
