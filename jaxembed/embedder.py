@@ -442,8 +442,7 @@ def _with_prompt(tokenizer: TextTokenizer, role: RoleName, prompt: str) -> TextT
         changed = dataclasses.replace(own, instruction=prompt.removeprefix(own.prefix)) if prompt else own
     else:
         changed = dataclasses.replace(own, prefix=prompt, instruction="")
-    text_format = dataclasses.replace(tokenizer.text_format, **{role: changed})
-    return TextTokenizer(tokenizer.tokenizer, text_format, tokenizer.special_tokens)
+    return tokenizer.with_format(dataclasses.replace(tokenizer.text_format, **{role: changed}))
 
 
 def _unit(vectors: Float[np.ndarray, "texts dim"]) -> Float[np.ndarray, "texts dim"]:
