@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -25,7 +26,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in file]
 
 
-def random_bloom(directory: Path, data: Path, *, dim: int, layers: int, heads: int, max_length: int) -> Path:
+def random_bloom(
+    directory: Path, data: Path, *, dim: int, layers: int, heads: int, max_length: int, rows: int = 50_264
+) -> Path:
     """An export of random weights that both sides load: one BLOOM, the tokenizer of GPT-2, the default text format."""
     from jaxembed.checkpoint.pretrained import random_decoder
     from jaxembed.embedder import Embedder
@@ -35,13 +38,26 @@ def random_bloom(directory: Path, data: Path, *, dim: int, layers: int, heads: i
 
     tokenizer = with_end_token(load_tokenizer(data / "tokenizers" / "gpt2.tokenizer.json"), "<|endoftext|>")
     family = FAMILIES["bloom"]
-    config = family.config(vocab_size=50_264, dim=dim, layers=layers, heads=heads)
+    config = family.config(vocab_size=rows, dim=dim, layers=layers, heads=heads)
     special = {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     embedder = Embedder(
         random_decoder(family, config, seed=0), TextTokenizer(tokenizer, TextFormat(max_length=max_length), special)
     )
     embedder.save_pretrained(directory, verify=False)
     return directory
+
+
+class Tokenized:
+    """Token ids in memory, as the packer reads them."""
+
+    def __init__(self, ids: Sequence[Any]) -> None:
+        import numpy as np
+
+        self._ids = ids
+        self.lengths = np.array([len(x) for x in ids])
+
+    def __getitem__(self, text: int) -> Any:
+        return self._ids[text]
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -146,7 +146,7 @@ def results(run: Path) -> list[dict[str, object]]:
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--steps", type=int, default=500)
+    options.add_argument("--steps", type=int, default=200)
     options.add_argument("--twice", action="store_true", help="train again with the same seed and compare weights")
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

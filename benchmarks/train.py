@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import interleaved, machine, matmul_rate, parser, random_bloom, read_rows, table
+from common import Tokenized, interleaved, machine, matmul_rate, parser, random_bloom, read_rows, table
 
 MAX_LENGTH = 256
 MINI_BATCHES = (4, 16)
@@ -54,10 +54,10 @@ def our_step(
     ids = []
     for batch in batches:
         ids += tokenizer([anchor for anchor, _ in batch], "query") + tokenizer([text for _, text in batch], "document")
-    lengths = np.array([len(x) for x in ids])
+    table = Tokenized(ids)
     texts = np.arange(len(ids)).reshape(len(batches), 2, size).transpose(0, 2, 1)
     layout = choose_layout(
-        [lengths[batch.ravel()] for batch in texts], chips=1, dim=384, chunk_tokens=CHUNK_TOKENS["cpu"]
+        [table.lengths[batch.ravel()] for batch in texts], chips=1, dim=384, chunk_tokens=CHUNK_TOKENS["cpu"]
     )
     decoder = load_decoder(path, mesh=mesh, progress=False)
     graph, trainable, frozen = nnx.split(decoder.model, TRAINABLE["full"], ...)
@@ -69,12 +69,12 @@ def our_step(
         nonlocal state
         losses = []
         for batch in texts:
-            fields = pack_batch(ids, batch, np.zeros(size, int), layout)
+            fields = pack_batch(table, batch, np.zeros(size, int), layout)
             state, metrics = step(state, frozen, put_batch(fields, mesh))
             losses.append(metrics.loss)
         return [float(loss) for loss in losses]
 
-    return run, {"tokens": int(lengths.sum()), "density": layout.density, "row_length": layout.row_length}
+    return run, {"tokens": int(table.lengths.sum()), "density": layout.density, "row_length": layout.row_length}
 
 
 def their_step(path: Path, batches: list[list[tuple[str, str]]], mini_batch: int | None) -> Callable[[], list[float]]:

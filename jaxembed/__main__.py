@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "train an embedder as a config file says",
     "convert": "convert a model between Hugging Face, sentence-transformers and Orbax directories",
     "prepare": "build the data sets and the token cache that a config needs",
+    "encode": "embed a corpus of any size, into shards of Parquet or .npy",
+    "plan": "whether a run fits on a TPU slice, and what it costs at least, without a TPU",
     "mine": "mine hard negatives for pairs with a model",
     "merge": "merge models: weighted average, or slerp of two",
 }

@@ -99,6 +99,11 @@ class ModelConfig(_Section):
         description="what a token attends to: those before it, or its whole text; saved with the model; null = as its "
         "config.json says, causal from scratch",
     )
+    attention_kernel: Literal["auto", "plain", "splash", "flash"] = Field(
+        default="auto",
+        description="how attention is computed; auto = splash on TPU and flash on GPU of compute capability 8.0 on, "
+        "both for bfloat16 and float16, plain elsewhere",
+    )
     layer_checkpoint: _Recompute = Field(
         default="none",
         description="what each layer computes again in the backward pass: nothing, all but its matmuls, all",
@@ -167,13 +172,18 @@ class TextFormatConfig(_Section):
     )
 
 
+EMBEDDING_KINDS = ("embedding_cosine", "embedding_mse")
+"""The kinds of loss that take `teacher_embeddings`."""
+
+
 class SetLossConfig(_Section):
     """The loss of one source."""
 
-    kind: Literal["info_nce", "cosent", "kl", "margin_mse"] | None = Field(
+    kind: Literal["info_nce", "cosent", "kl", "margin_mse", "embedding_cosine", "embedding_mse"] | None = Field(
         default=None,
         description="InfoNCE; CoSENT, for graded pairs; KL or MarginMSE to a teacher's scores of positive and hard "
-        "negatives; null = CoSENT for graded pairs, else InfoNCE",
+        "negatives; cosine distance or squared error to teacher_embeddings; null = CoSENT for graded pairs, else "
+        "InfoNCE",
     )
     weight: _Positive = Field(default=1.0, description="multiplies the loss of each example")
     temperature: _Positive | None = Field(
@@ -205,10 +215,39 @@ class SetLossConfig(_Section):
             raise ValueError("teacher_temperature is for kind: kl and kind: margin_mse")
         if self.temperature is not None and self.kind == "margin_mse":
             raise ValueError("kind: margin_mse has no temperature; scale the teacher's scores by teacher_temperature")
+        if self.temperature is not None and self.kind in EMBEDDING_KINDS:
+            raise ValueError(f"kind: {self.kind} has no temperature; use weight")
         terms = ("hard_negatives", "query_query", "document_document", "document_query", "mask_margin", "focal_gamma")
         given = [name for name in terms if getattr(self, name) is not None]
         if other and given and not self.info_nce_weight:
             raise ValueError(f"{', '.join(given)}: for InfoNCE only, found kind: {self.kind} without info_nce_weight")
+        return self
+
+
+class TeacherEmbeddingsConfig(_Section):
+    """Embeddings of a source's texts by another model: local .npy files of floats, a row a text, in the source's order.
+
+    They are mapped into memory, never read whole. Texts without a file take no part.
+    """
+
+    anchors: _FilePath | None = Field(default=None, description=".npy of the anchors, one a row of the source")
+    positives: _FilePath | None = Field(default=None, description=".npy of the positives, row after row of the source")
+    negatives: _FilePath | None = Field(
+        default=None, description=".npy of all hard negatives, row after row of the source"
+    )
+    documents: _FilePath | None = Field(
+        default=None, description=".npy of the corpus, where rows name documents by id: positives and negatives"
+    )
+    truncate_dim: _Count | None = Field(
+        default=None, description="first dimensions that are taken, of a teacher with more than the model; null = all"
+    )
+
+    @model_validator(mode="after")
+    def _says_of_what(self) -> TeacherEmbeddingsConfig:
+        if self.documents is not None and (self.positives is not None or self.negatives is not None):
+            raise ValueError("documents are positives and negatives; give either it or those")
+        if not (self.anchors or self.positives or self.negatives or self.documents):
+            raise ValueError("give one of anchors, positives, negatives and documents, found none")
         return self
 
 
@@ -232,10 +271,26 @@ class _SourceSection(_Section):
     hard_negatives: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="hard negatives a query of this source; null = training.negatives"
     )
+    negatives_order: Literal["first", "rotate"] | None = Field(
+        default=None,
+        description="hard negatives taken of a query that has more: the first ones always, or in each pass the next "
+        "ones; null = rotate for ms_marco, whose positives take turns too, else first",
+    )
     in_batch: bool = Field(
         default=True, description="whether queries meet texts of other examples; false = their own hard negatives only"
     )
     loss: SetLossConfig | None = Field(default=None, description="loss of this source; null = as the section loss says")
+    teacher_embeddings: TeacherEmbeddingsConfig | None = Field(
+        default=None, description="a teacher's embeddings of this source's texts, for loss.kind: embedding_…"
+    )
+
+    @model_validator(mode="after")
+    def _teacher_has_its_loss(self) -> _SourceSection:
+        kind = None if self.loss is None else self.loss.kind
+        if (kind in EMBEDDING_KINDS) != (self.teacher_embeddings is not None):
+            found = f"found kind: {kind}" if self.teacher_embeddings is not None else "found none"
+            raise ValueError(f"teacher_embeddings and loss.kind: {' or '.join(EMBEDDING_KINDS)} go together, {found}")
+        return self
 
     @model_validator(mode="after")
     def _terms_are_in_batch(self) -> _SourceSection:
@@ -577,18 +632,51 @@ class OptimizerConfig(_Section):
 
 
 class MeshConfig(_Section):
-    """Devices along each axis of the mesh."""
+    """Devices along each axis of the mesh; one of them may be -1, all that the others leave."""
 
-    data: int = Field(default=-1, description="devices that split the batch; -1 = all that the other axes leave")
-    fsdp: _Count = Field(default=1, description="devices that split the batch and every parameter")
-    tensor: _Count = Field(default=1, description="devices that split each layer")
+    data: int = Field(default=-1, description="devices that split the batch; 1 where another axis is -1")
+    fsdp: int = Field(default=1, description="devices that split the batch and every parameter")
+    tensor: int = Field(default=1, description="devices that split each layer")
 
-    @field_validator("data")
+    @field_validator("data", "fsdp", "tensor")
     @classmethod
-    def _data_is_a_count(cls, data: int) -> int:
-        if data != -1 and data < 1:
-            raise ValueError(f"expected -1 (all that are left) or a number from 1 on, found {data}")
-        return data
+    def _size_is_a_count(cls, size: int) -> int:
+        if size != -1 and size < 1:
+            raise ValueError(f"expected -1 (all that are left) or a number from 1 on, found {size}")
+        return size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _another_takes_the_rest(cls, values: Any) -> Any:
+        """Where another axis takes what is left, `data` does not, unless the file says so."""
+        if isinstance(values, Mapping) and "data" not in values and -1 in values.values():
+            return {**values, "data": 1}
+        return values
+
+    @model_validator(mode="after")
+    def _one_takes_the_rest(self) -> MeshConfig:
+        rest = [axis for axis in ("data", "fsdp", "tensor") if getattr(self, axis) == -1]
+        if len(rest) > 1:
+            raise ValueError(f"expected -1 (all that are left) for one axis at most, found it for {' and '.join(rest)}")
+        return self
+
+
+class DistributedConfig(_Section):
+    """Processes on several hosts; what is null is as SLURM, GKE, Cloud TPU or Open MPI says, else there is one."""
+
+    coordinator: str | None = Field(default=None, description="host:port of process 0, at a free port")
+    num_processes: _Count | None = Field(default=None, description="processes of the run, usually one a host")
+    process_id: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="number of this process, from 0; the one option that differs between hosts"
+    )
+    timeout: _Count = Field(default=300, description="seconds to wait, at the start, for all processes to turn up")
+
+    @field_validator("coordinator")
+    @classmethod
+    def _coordinator_is_an_address(cls, coordinator: str | None) -> str | None:
+        if coordinator is not None and not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+            raise ValueError(f'expected HOST:PORT such as 10.0.0.1:8476, found "{coordinator}"')
+        return coordinator
 
 
 class CheckpointConfig(_Section):
@@ -671,6 +759,7 @@ class TrainConfig(_Section):
     loss: LossConfig = Field(default=LossConfig(), description="the loss")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="optimiser and schedule")
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices")
+    distributed: DistributedConfig = Field(default=DistributedConfig(), description="processes on several hosts")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="checkpoints")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="evaluation")
     export: ExportConfig = Field(default=ExportConfig(), description="the model written at the end")

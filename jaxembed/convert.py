@@ -24,7 +24,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, converts, prints the summary; returns the exit status: 1 where `--verify` finds a difference."""
     arguments = _parser().parse_args(argv)
-    max_shard_bytes = _bytes(arguments.max_shard_size)
+    max_shard_bytes = size_in_bytes(arguments.max_shard_size)
     target = Path(arguments.target).expanduser()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _bytes(size: str) -> int:
+def size_in_bytes(size: str) -> int:
+    """Of `--max-shard-size`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", size.strip().upper())
     found = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if found < 1:

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 from tqdm import tqdm
 
-from jaxembed.checkpoint.export import Verification, exported_config, verify_export, write_sentence_transformers
+from jaxembed import hosts
+from jaxembed.checkpoint.export import (
+    Verification,
+    can_verify,
+    edge_texts,
+    exported_config,
+    verify_export,
+    write_sentence_transformers,
+)
 from jaxembed.checkpoint.hub import check_push, find_directory, push_directory
 from jaxembed.checkpoint.huggingface import iter_huggingface, read_config, weights_hash
 from jaxembed.checkpoint.model_card import model_card
@@ -29,10 +39,20 @@ from jaxembed.checkpoint.safetensors import write_safetensors
 from jaxembed.errors import InputError
 from jaxembed.models import family_of
 from jaxembed.models.pooled import check_pooling, pooled_states
+from jaxembed.ops.attention import choose_kernel
 from jaxembed.quantization import Precision, quantize_embeddings
-from jaxembed.sharding import compute_dtype
-from jaxembed.text.format import RoleName, TextFormat
-from jaxembed.text.packing import RowShape, call_shapes, fill_rows, plan_calls
+from jaxembed.sharding import (
+    BATCH_AXES,
+    Alone,
+    Chips,
+    check_divisible,
+    compute_dtype,
+    manual,
+    named_shardings,
+    partition_specs,
+)
+from jaxembed.text.format import ROLES, Pooling, RoleName, TextFormat
+from jaxembed.text.packing import Rows, RowShape, call_shapes, fill_rows, plan_calls
 from jaxembed.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,17 +70,30 @@ class Embedder:
     Attributes:
         model: the decoder, an `nnx.Module`.
         tokenizer: texts and role → token ids; holds the text format.
+        mesh: of the devices that share each call; None: one device.
         compiled_shapes: the shapes of packed rows that have been compiled so far; at most six for each `batch_size`.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: TextTokenizer, *, dtype: Any = "auto") -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: TextTokenizer,
+        *,
+        dtype: Any = "auto",
+        mesh: Mesh | None = None,
+        attention_kernel: str = "auto",
+    ) -> None:
         """
         Args:
             dtype: of the computation: "float32", "bfloat16", or "auto" for what suits the device.
+            mesh: of the devices that share each call: rows are split over `data` and `fsdp`, weights are put where
+                training has them. Every process of a mesh gives the same texts and gets all embeddings. None: the
+                default device, or wherever the weights are.
+            attention_kernel: "plain", "splash" (TPU) or "flash" (GPU), or "auto" for what suits the device.
 
         Raises:
-            InputError: the tokenizer knows more tokens than the decoder, a pooling that does not suit its attention, or
-                another dtype.
+            InputError: the tokenizer knows more tokens than the decoder, a pooling that does not suit its attention,
+                another dtype, a kernel that does not run here, or a mesh that does not divide the model.
         """
         dtype = _check_dtype(dtype)
         if tokenizer.vocab_size > decoder.config.vocab_size:
@@ -72,18 +105,17 @@ class Embedder:
         check_pooling(pooling, decoder.config.causal)
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.dtype = compute_dtype(dtype)
+        self.mesh = mesh
+        devices = None if mesh is None else list(mesh.devices.flat)
+        self.dtype = compute_dtype(dtype, devices)
+        self.attention_kernel = choose_kernel(
+            attention_kernel, devices, head_dim=decoder.config.head_dim, dtype=self.dtype
+        )
         self.compiled_shapes: set[RowShape] = set()
         self._hash = decoder.weights_hash
-        graph, self._state = nnx.split(decoder.model)
-
-        def embed(
-            state: nnx.State, tokens: Array, segments: Array, first: Array, last: Array
-        ) -> Float[Array, "rows slots dim"]:
-            model = nnx.merge(graph, state)
-            return pooled_states(model, tokens, segments, first, last, pooling, dtype=self.dtype)
-
-        self._embed = jax.jit(embed)
+        graph, state = nnx.split(decoder.model)
+        self._state = self._placed(state)
+        self._embed = embedding_function(graph, self._state, pooling, self.dtype, mesh, self.attention_kernel)
 
     @classmethod
     def from_pretrained(
@@ -92,6 +124,7 @@ class Embedder:
         *,
         text_format: TextFormat | Mapping[str, Any] | None = None,
         dtype: Any = "auto",
+        mesh: Mesh | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -104,11 +137,13 @@ class Embedder:
         Args:
             text_format: instead of the one saved with the model; a `TextFormat`, or its keys as in a config.
             dtype: of the computation; parameters are bfloat16 where it is, else float32.
+            mesh: of the devices that share each call, as in `Embedder`; None: the default device.
             revision, token, cache_dir, local_files_only: for the hub: branch, tag or commit; access token; where
                 downloads lie; take what lies there, ask nobody.
 
         Raises:
-            InputError: the model is not there, damaged, not supported, or has no text format and none is given.
+            InputError: the model is not there, damaged, not supported, not divided by the mesh, or has no text format
+                and none is given.
         """
         dtype = _check_dtype(dtype)
         find = functools.partial(find_directory, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -120,8 +155,9 @@ class Embedder:
             text_format = TextFormat.from_dict(text_format, "text_format")
         tokenizer = TextTokenizer.from_directory(tokenizer_directory(directory, base), text_format)
         progress = logger.isEnabledFor(logging.INFO)
-        decoder = load_decoder(directory, dtype=compute_dtype(dtype), progress=progress, base=base)
-        return cls(decoder, tokenizer, dtype=dtype)
+        held = compute_dtype(dtype, None if mesh is None else list(mesh.devices.flat))
+        decoder = load_decoder(directory, dtype=held, mesh=mesh, progress=progress, base=base)
+        return cls(decoder, tokenizer, dtype=dtype, mesh=mesh)
 
     @property
     def model(self) -> Any:
@@ -148,8 +184,15 @@ class Embedder:
 
     def replace_state(self, state: nnx.State) -> None:
         """Puts other weights in place of the present ones, without compiling again."""
-        self._state = state
+        self._state = self._placed(state)
         self._hash = None
+
+    def _placed(self, state: nnx.State) -> nnx.State:
+        """The weights on the mesh, by the rules table."""
+        if self.mesh is None:
+            return state
+        check_divisible(state, self.mesh)
+        return hosts.put_tree(state, named_shardings(partition_specs(state), self.mesh))
 
     @overload
     def encode(self, sentences: str, *args: Any, **kwargs: Any) -> Num[np.ndarray, " width"]: ...
@@ -169,6 +212,7 @@ class Embedder:
         precision: Precision = "float32",
         ranges: Float[np.ndarray, "2 dim"] | None = None,
         calibration_embeddings: Float[np.ndarray, "samples dim"] | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> Num[np.ndarray, "*texts width"]:
         """Embeds texts, in their order; equal texts are computed once.
 
@@ -185,6 +229,7 @@ class Embedder:
                 scaled.
             ranges, calibration_embeddings: for int8 and uint8, as in `quantize_embeddings`; without them the ranges are
                 those of this call's embeddings.
+            progress: is called now and then with how many more texts are done, and how many tokens were computed.
 
         Returns:
             In `precision`, float32 by default; one vector for one text.
@@ -213,9 +258,13 @@ class Embedder:
         distinct = list(dict.fromkeys(texts))
         out = np.empty((len(distinct), dim), np.float32)
         with tqdm(total=len(distinct), unit="text", desc="encode", disable=not show_progress_bar) as bar:
-            for places, vectors in self._embed_all(distinct, tokenizer, role, batch_size):
+            for places, vectors, tokens in self._embed_all(distinct, tokenizer, role, batch_size):
                 out[places] = vectors[:, :dim]
                 bar.update(len(places))
+                if progress is not None:
+                    progress(len(places), tokens)
+        if progress is not None and len(distinct) != len(texts):
+            progress(len(texts) - len(distinct), 0)
         if normalize:
             out = _unit(out)
         if len(distinct) != len(texts):
@@ -249,7 +298,8 @@ class Embedder:
     ) -> Verification | None:
         """Writes a sentence-transformers directory that transformers and vLLM read too.
 
-        Weights are written in the dtype in which they are held, `config.json` with the keys that it was read with.
+        Weights are written in the dtype in which they are held, `config.json` with the keys that it was read with. Of
+        several processes that share the mesh each makes this call; process 0 gathers, tensor by tensor, and writes.
 
         Args:
             card: its README.md; None writes a short one.
@@ -273,20 +323,33 @@ class Embedder:
         def write_weights(directory: str | os.PathLike[str]) -> None:
             write_safetensors(directory, *iter_huggingface(self._flat_state(), rules, decoder.config.layers))
 
-        write_sentence_transformers(
-            path,
-            huggingface_config=exported_config(decoder.huggingface_config, dtypes),
-            tokenizer=self.tokenizer,
-            tokenizer_class=decoder.family.tokenizer_class,
-            write_weights=write_weights,
-            model_card=card or self._card(path.name),
-            overwrite=overwrite,
-        )
-        if not verify:
+        card = card or self._card(path.name)
+        if hosts.is_main():
+            write_sentence_transformers(
+                path,
+                huggingface_config=exported_config(decoder.huggingface_config, dtypes),
+                tokenizer=self.tokenizer,
+                tokenizer_class=decoder.family.tokenizer_class,
+                write_weights=write_weights,
+                model_card=card,
+                overwrite=overwrite,
+            )
+        else:  # its parts of each tensor go to process 0
+            deque(iter_huggingface(self._flat_state(), rules, decoder.config.layers)[1], maxlen=0)
+        if not hosts.anyone("verify", verify and hosts.is_main() and can_verify()):
             return None
-        plain = Embedder(decoder, self.tokenizer, dtype="float32")
+        plain = Embedder(decoder, self.tokenizer, dtype="float32", mesh=self.mesh)
         plain.replace_state(jax.tree.map(lambda x: x.astype(jnp.float32), self._state))
-        return verify_export(path, plain.encode, self.tokenizer)
+
+        def encode(texts: list[str], role: RoleName) -> Float[np.ndarray, "texts dim"]:
+            hosts.barrier(f"verify {role}")
+            return plain.encode(texts, role)
+
+        if hosts.is_main():
+            return verify_export(path, encode, self.tokenizer)
+        for role in ROLES:
+            encode(edge_texts(self.text_format), role)
+        return None
 
     def push_to_hub(
         self,
@@ -348,21 +411,34 @@ class Embedder:
     def _flat_state(self) -> dict[tuple[str, ...], Array]:
         return {tuple(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(self._state)}
 
+    def _call_shapes(self, batch_size: int | None) -> tuple[RowShape, ...]:
+        longest = self.text_format.max_length
+        devices = jax.devices() if self.mesh is None else list(self.mesh.devices.flat)
+        chips = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        tokens = CALL_TOKENS.get(devices[0].platform, CALL_TOKENS["gpu"])
+        return call_shapes(longest, -(-batch_size // chips) * longest if batch_size else tokens, chips)
+
+    def _on_chips(self, rows: Rows) -> list[Any]:
+        """What the decoder takes of rows that every process has; on a mesh, split over its chips."""
+        arrays = [rows.tokens, rows.segments, rows.first, rows.last]
+        if self.mesh is None:
+            return arrays
+        split = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        return [hosts.put(array, split) for array in arrays]
+
     def _embed_all(
         self, texts: Sequence[str], tokenizer: TextTokenizer, role: RoleName, batch_size: int | None
-    ) -> Iterator[tuple[list[int], Float[np.ndarray, "some dim"]]]:
-        """Indices and raw vectors of all texts, in the order in which they are computed."""
-        longest = self.text_format.max_length
-        tokens = batch_size * longest if batch_size else CALL_TOKENS.get(jax.default_backend(), CALL_TOKENS["gpu"])
-        shapes = call_shapes(longest, tokens)
+    ) -> Iterator[tuple[list[int], Float[np.ndarray, "some dim"], int]]:
+        """Indices, raw vectors and tokens of all texts, in the order in which they are computed."""
+        shapes = self._call_shapes(batch_size)
         starts = [0, *range(_FIRST_WINDOW, len(texts), _WINDOW), len(texts)]
         windows = [range(a, b) for a, b in pairwise(starts) if a < b]
-        waiting: deque[tuple[np.ndarray, Array]] = deque()
+        waiting: deque[tuple[np.ndarray, Array, int]] = deque()
         skipped = tokenizer.skipped(role)
 
-        def finished() -> tuple[list[int], Float[np.ndarray, "some dim"]]:
-            which, vectors = waiting.popleft()
-            return which[which >= 0].tolist(), np.asarray(vectors)[which >= 0]
+        def finished() -> tuple[list[int], Float[np.ndarray, "some dim"], int]:
+            which, vectors, tokens = waiting.popleft()
+            return which[which >= 0].tolist(), np.asarray(vectors)[which >= 0], tokens
 
         def tokenize(window: range) -> list[np.ndarray]:
             return tokenizer([texts[index] for index in window], role)
@@ -380,12 +456,52 @@ class Embedder:
                         logger.info("compiling for rows of %s tokens, shape %d", size, count)
                     rows = fill_rows(ids, members, shape, tokenizer.pad_id, [skipped] * len(ids))
                     which = np.where(rows.texts >= 0, rows.texts + window.start, -1)
-                    vectors = self._embed(self._state, rows.tokens, rows.segments, rows.first, rows.last)
-                    waiting.append((which, vectors))
+                    vectors = self._embed(self._state, *self._on_chips(rows))
+                    waiting.append((which, vectors, int(np.count_nonzero(rows.segments))))
                     if len(waiting) > _IN_FLIGHT:
                         yield finished()
             while waiting:
                 yield finished()
+
+
+def embedding_function(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    pooling: Pooling,
+    dtype: Any,
+    mesh: Mesh | None,
+    attention_kernel: str = "plain",
+) -> Callable[..., Float[Array, "rows slots dim"]]:
+    """Compiled: (weights, `tokens`, `segments`, `first` and `last` of packed rows) → the vector of every slot.
+
+    Args:
+        state: real or abstract weights; only their axes are read.
+        mesh: over which rows and weights are split; every device gets all vectors, so that each process can read them.
+        attention_kernel: one of `ops.attention.KERNELS`.
+    """
+    hooks = Alone() if mesh is None else Chips()
+
+    def embed(
+        state: nnx.State, tokens: Array, segments: Array, first: Array, last: Array
+    ) -> Float[Array, "rows slots dim"]:
+        model = nnx.merge(graph, state)
+        return pooled_states(
+            model, tokens, segments, first, last, pooling,
+            dtype=dtype, hooks=hooks, attention_kernel=attention_kernel,
+        )  # fmt: skip
+
+    if mesh is None:
+        return jax.jit(embed)
+    rows = PartitionSpec(BATCH_AXES)
+    on_chips = jax.shard_map(
+        embed,
+        mesh=mesh,
+        in_specs=(manual(partition_specs(state)), rows, rows, rows, rows),
+        out_specs=rows,
+        axis_names=set(BATCH_AXES),
+        check_vma=False,  # as in training, where a Pallas kernel may run inside
+    )
+    return hosts.compiled_together(jax.jit(on_chips, out_shardings=NamedSharding(mesh, PartitionSpec())))
 
 
 def _checked(sentences: Any) -> list[str]:

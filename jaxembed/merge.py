@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxembed.__main__ import run_command
-from jaxembed.convert import DTYPES
+from jaxembed.convert import DTYPES, size_in_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, merges, prints the summary; returns the exit status."""
     arguments = _parser().parse_args(argv)
     target = Path(arguments.output).expanduser()
+    max_shard_bytes = size_in_bytes(arguments.max_shard_size)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
     import jax  # this and what follows take seconds to import
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [open_run(path) if is_run(path) else open_source(path) for path in paths]
     how = Merge(sources, arguments.method, arguments.weights, arguments.t)
     dtype = None if arguments.dtype is None else jax.numpy.dtype(arguments.dtype)
-    summary = merge(how, target, dtype=dtype, overwrite=arguments.overwrite)
+    summary = merge(how, target, dtype=dtype, max_shard_bytes=max_shard_bytes, overwrite=arguments.overwrite)
     for path, share in zip(paths, how.shares):
         print(f"{share:.6g} of {path}")
     print(summary)
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--t", type=float, help="of slerp: from 0, the first model, to 1, the second")
     parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: as in the first model)")
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of a safetensors file: bytes, or a number with KB, MB, GB, KiB, MiB, GiB (default: 5GB)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory that is at DIR")
     return parser
 

@@ -58,9 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     cross_scores = None if arguments.cross_scores is None else read_cross_scores(arguments.cross_scores, task)
 
     from jaxembed.embedder import Embedder
+    from jaxembed.sharding import local_mesh
 
     model = Embedder.from_pretrained(
-        arguments.model, text_format=text_format, dtype=arguments.dtype, revision=arguments.revision
+        arguments.model,
+        text_format=text_format,
+        dtype=arguments.dtype,
+        mesh=local_mesh(),
+        revision=arguments.revision,
     )
     mined, report = mine(task, model, work, options, cross_scores=cross_scores)
     rows = write_mined(output, mined, arguments.format, scores=arguments.scores, only_full=arguments.only_full)

@@ -2,17 +2,21 @@
 
 Parameters, optimiser state and batches are global arrays over a (`data`, `fsdp`, `tensor`) mesh. The gradient is one
 `jax.shard_map` over (`data`, `fsdp`); inside it every array is this chip's part, and all that moves is written in
-[`Chips`][]. [`Alone`][] has the same methods for code outside of a `shard_map`: encoding, notebooks, one device.
+[`Chips`][]; encoding on a mesh does the same. [`Alone`][] has the same methods for code outside of a `shard_map`:
+notebooks, one device.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -43,22 +47,69 @@ that of low-rank adapters, `rows` are those of the vocabulary table that train a
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
     """A (`data`, `fsdp`, `tensor`) mesh; −1 stands for the devices that the other two leave.
 
+    On several TPU slices `data` is the outermost axis, so that nothing else crosses the network between them.
+
     Raises:
-        InputError: the three numbers do not multiply to the number of devices.
+        InputError: the three numbers do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"mesh: sizes must be positive, at most one of them -1, found {dict(zip(MESH_AXES, sizes))}")
-    known = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes:
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    if int(np.prod(sizes)) != len(devices):
+    if math.prod(sizes) != len(devices):
+        given = " × ".join(map(str, sizes))
+        advice = "choose sizes that divide them" if -1 in sizes else "set one of them to -1"
         raise InputError(
-            f"mesh: data × fsdp × tensor = {' × '.join(map(str, sizes))} does not make the {len(devices)} devices "
-            "that are here; set one of them to -1"
+            f"mesh: data × fsdp × tensor = {given} does not make the {len(devices)} devices that are here; {advice}"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arranged(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(sizes: list[int], devices: list[Any]) -> np.ndarray:
+    """The devices in the shape of the mesh, neighbours in it near each other in the network."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, *inner = sizes
+    if slices > 1 and data % slices and devices[0].platform == "tpu":
+        raise InputError(
+            f"mesh.data: {data} is no multiple of the {slices} slices; between slices only data, the outermost axis, "
+            "is split"
+        )
+
+    def arrange(split: bool) -> np.ndarray:
+        if slices > 1 and data % slices == 0:
+            return mesh_utils.create_hybrid_device_mesh(
+                (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=split
+            )
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
+
+    try:
+        return arrange(split=devices[0].device_kind == "TPU v5 lite")  # as `jax.make_mesh` does
+    except NotImplementedError:  # no axis of the mesh is a product of whole axes of the network
+        return arrange(split=True)
+
+
+def chips_of_process(mesh: Mesh) -> tuple[int, ...]:
+    """The chips, numbered over `data` and `fsdp`, of which this process has a device; ascending."""
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    process = jax.process_index()
+    return tuple(
+        number for number, group in enumerate(groups) if any(device.process_index == process for device in group)
+    )
+
+
+def local_mesh(fsdp: int = 1) -> Mesh | None:
+    """All devices of this process, weights split over `fsdp` of them; None where there is only one.
+
+    Raises:
+        InputError: `fsdp` does not divide the number of devices.
+    """
+    devices = jax.local_devices()
+    if fsdp < 1 or len(devices) % fsdp:
+        raise InputError(f"fsdp: expected a number that divides the {len(devices)} devices of this host, found {fsdp}")
+    return None if len(devices) == 1 else make_mesh(-1, fsdp, devices=devices)
 
 
 def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
@@ -74,6 +125,15 @@ def partition_specs(state: nnx.State) -> nnx.State:
 def named_shardings(specs: Any, mesh: Mesh) -> Any:
     """Every `PartitionSpec` of a tree as a `NamedSharding` on the mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def manual(specs: Any) -> Any:
+    """The specs without `tensor`, which stays in the compiler's hands inside a `shard_map` over the batch axes."""
+
+    def keep(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(axis if axis in BATCH_AXES else None for axis in spec))
+
+    return jax.tree.map(keep, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def check_divisible(state: nnx.State, mesh: Mesh) -> None:
@@ -137,7 +197,12 @@ class Chips:
         axes = parameter.axes[-w.ndim :]  # a layer taken from a stack keeps the stack's names
         if "embed" not in axes:
             return w
-        return jax.lax.all_gather(w, "fsdp", axis=axes.index("embed"), tiled=True)
+        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=axes.index("embed"), tiled=True)
+        split = PartitionSpec(*("tensor" if RULES[axis] == "tensor" else None for axis in axes))
+        if "tensor" not in split or jax.sharding.get_abstract_mesh().shape["tensor"] == 1:
+            return gather(w)
+        # By hand over `tensor` too: the compiler would gather the matrix over it first.
+        return jax.shard_map(gather, in_specs=split, out_specs=split, axis_names={"tensor"}, check_vma=False)(w)
 
     def lookup(self, table: nnx.Param, ids: Int[Array, "rows length"], dtype: Any) -> Float[Array, "rows length dim"]:
         ids = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)

@@ -50,12 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(check(config))
         return 0
 
-    from jaxembed.checkpoint.export import ExportError  # after the config is known to be good: JAX takes seconds
+    from jaxembed import hosts  # after the config is known to be good: JAX takes seconds
+    from jaxembed.checkpoint.export import ExportError
     from jaxembed.checkpoint.orbax import CheckpointError
     from jaxembed.training.loop import TrainingError, run
 
     try:
-        run(config, resume=arguments.resume is not None)
+        with hosts.together(config.distributed):
+            if not hosts.is_main():
+                logging.getLogger().setLevel(logging.WARNING)
+            run(config, resume=arguments.resume is not None)
     except (TrainingError, CheckpointError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

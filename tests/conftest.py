@@ -11,7 +11,17 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # a whole number is
 
 # The inside of the package. Modules at its boundary check what they are given themselves, which is tested; and
 # `training.gradient` has a dataclass that holds arrays, their shapes or their partition specs by turns.
-INSIDE = ("data.plan", "evaluation.retrieval", "models", "ops", "sharding", "text.packing", "training.losses")
+INSIDE = (
+    "data.plan",
+    "evaluation.retrieval",
+    "mining.filters",
+    "mining.search",
+    "models",
+    "ops",
+    "sharding",
+    "text.packing",
+    "training.losses",
+)
 
 jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook([f"jaxembed.{module}" for module in INSIDE], "conftest.checked")

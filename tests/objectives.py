@@ -21,6 +21,7 @@ def reference_losses(
     known: Sequence[Collection[Any]] | None = None,
     scores: np.ndarray | None = None,
     log_temperature: torch.Tensor | None = None,
+    teacher: np.ndarray | None = None,
 ) -> torch.Tensor:
     """Of each query.
 
@@ -29,16 +30,19 @@ def reference_losses(
         examples: numbers of anchor, positive, negatives; −1 for none.
         names: what each text is; equal texts have equal names.
         known: names of texts that are positives of each query elsewhere.
+        teacher: embeddings of anchor, positive, negatives, NaN for none.
     """
     known = known or [()] * len(examples)
     total: Any = 0.0
     for dim, weight in options.matryoshka or ((embeddings.shape[1], 1.0),):
         x = normalize(embeddings[:, :dim], dim=1)
-        total += weight * torch.stack(_losses(x, examples, names, data_set, options, known, scores, log_temperature))
+        total += weight * torch.stack(
+            _losses(x, examples, names, data_set, options, known, scores, log_temperature, teacher)
+        )
     return total
 
 
-def _losses(x, examples, names, data_set, options, known, scores, log_temperature) -> list[torch.Tensor]:
+def _losses(x, examples, names, data_set, options, known, scores, log_temperature, teacher) -> list[torch.Tensor]:
     rows = range(len(examples))
     sets = options.sets or (SetLoss(),) * options.data_sets
     run = options.temperature if log_temperature is None else log_temperature.exp()
@@ -51,6 +55,8 @@ def _losses(x, examples, names, data_set, options, known, scores, log_temperatur
             loss = loss + mine.info_nce_weight * _info_nce(i, run, mine, x, examples, names, options, known)
         if mine.kind in ("kl", "margin_mse"):
             loss = loss + _distill(i, mine, x, examples, scores)
+        if mine.kind in ("embedding_cosine", "embedding_mse"):
+            loss = loss + _taught(mine, x, examples[i], teacher[i])
         if mine.kind == "cosent":
             loss = loss + _cosent([j for j in rows if data_set[j] == data_set[i]], mine, x, examples, scores)
         losses.append(mine.weight * loss)
@@ -116,6 +122,16 @@ def _distill(i, mine, x, examples, scores) -> torch.Tensor:
     hot = mine.temperature or 1.0
     p = torch.softmax(theirs, 0)
     return (p * (p.log() - torch.log_softmax(ours / hot, 0))).sum() * hot**2
+
+
+def _taught(mine, x, example, teacher) -> torch.Tensor:
+    distances = []
+    for text, vector in zip(example, torch.tensor(teacher, dtype=x.dtype)):
+        if text >= 0 and vector[0].isfinite():
+            theirs = normalize(vector[: x.shape[1]], dim=0)
+            cosine = mine.kind == "embedding_cosine"
+            distances.append(1 - x[text] @ theirs if cosine else ((x[text] - theirs) ** 2).mean())
+    return torch.stack(distances).mean() if distances else 0 * x.sum()
 
 
 def _cosent(members, mine, x, examples, scores) -> torch.Tensor:

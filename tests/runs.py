@@ -2,14 +2,19 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxembed import train
 from jaxembed.__main__ import run_command
@@ -20,15 +25,24 @@ from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe
 from blooms import random_bloom
 
 SHAPE = BloomConfig(vocab_size=264, dim=16, layers=2, heads=2, epsilon=1e-5)
+COMPILED = tempfile.TemporaryDirectory(prefix="jaxembed-compiled-")
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """For modules that import it: half of the time of a tiny run goes into XLA's optimisations."""
+    """For modules that import it: half of the time of a tiny run goes into XLA's optimisations.
+
+    Many runs are alike: a program that was compiled once in this process is read from the disk when it is met again.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -103,6 +117,73 @@ class Workshop:
         )
 
 
-def rows_of(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+class Processes:
+    """A run of several processes on this machine, each with some virtual devices; it has to be waited for.
+
+    stdout is dropped: gloo, which carries collectives between CPUs, writes there.
+    """
+
+    def __init__(self, count: int, devices: int, *arguments: object, folders: Sequence[Path] | None = None) -> None:
+        """
+        Args:
+            devices: of each process.
+            arguments: of the command, the same for all.
+            folders: working directory of each process.
+        """
+        self.errors: list[str] = []
+        """What each process has said on stderr, once they are waited for."""
+        self._logs = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 (closed by `wait`)
+        given = ["--distributed.coordinator", f"localhost:{free_port()}", "--distributed.num_processes", str(count)]
+        environment = ENVIRONMENT | {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "jaxembed.train", *map(str, arguments)),
+                    *((*given, "--distributed.process_id", str(number)) if count > 1 else ()),
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                text=True,
+                cwd=folders[number] if folders else None,
+                env=os.environ | environment,
+            )
+            for number, log in enumerate(self._logs)
+        ]
+
+    def wait(self, seconds: float = 600) -> list[int]:
+        """The exit statuses of all; none is left behind."""
+        end = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
+        finally:
+            for process, log in zip(self.processes, self._logs):
+                process.kill()
+                process.wait()
+                log.seek(0)
+                self.errors.append(log.read())
+                log.close()
+
+    def wait_for_step(self, run: Path, step: int) -> None:
+        """Returns once the run has logged that step."""
+        metrics = run / "metrics.jsonl"
+        while all(process.poll() is None for process in self.processes):
+            if metrics.exists() and any(row.get("step", 0) >= step for row in rows_of(run, cut=True)):
+                return
+            time.sleep(0.002)
+        statuses = self.wait()
+        raise AssertionError(f"ended with {statuses} too early: {self.errors}")
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def rows_of(run: Path, cut: bool = False) -> list[dict[str, float]]:
+    """The rows of a run's metrics; `cut`: of one that may be writing the last."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") or not cut]

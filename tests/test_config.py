@@ -134,6 +134,11 @@ def test_what_is_dumped_is_read_back(load, tmp_path):
         (["--optimizer.learning_rate", "fast"], '--optimizer.learning_rate: expected a number, found "fast"'),
         (["--optimizer.warmup_ratio", "2"], "--optimizer.warmup_ratio: expected a number less than or equal to 1"),
         (["--mesh.data", "0"], "--mesh.data: expected -1 (all that are left) or a number from 1 on, found 0"),
+        (["--mesh.fsdp", "-2"], "--mesh.fsdp: expected -1 (all that are left) or a number from 1 on, found -2"),
+        (
+            ["--mesh.data", "-1", "--mesh.fsdp", "-1"],
+            "expected -1 (all that are left) for one axis at most, found it for data and fsdp",
+        ),
         (["--profile.steps", "13:10"], '--profile.steps: expected FIRST:LAST such as 10:13, found "13:10"'),
         (["--seed", "-1"], "--seed: expected a number greater than or equal to 0, found -1"),
         (["--data.train", "[]"], "--data.train: expected at least one entry, found []"),
@@ -153,6 +158,20 @@ def test_what_is_dumped_is_read_back(load, tmp_path):
 )
 def test_what_does_not_fit_is_refused(load, overrides, expected):
     assert expected in message(load, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        ((), (-1, 1, 1)),
+        (("--mesh.fsdp", "-1"), (1, -1, 1)),
+        (("--mesh.tensor", "-1", "--mesh.fsdp", "2"), (1, 2, -1)),
+        (("--mesh.data", "2", "--mesh.fsdp", "-1"), (2, -1, 1)),
+    ],
+)
+def test_any_axis_may_take_the_rest(load, overrides, sizes):
+    mesh = load(*overrides).mesh
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes
 
 
 def test_what_is_missing_is_named(load):

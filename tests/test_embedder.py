@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from sentence_transformers.util import quantize_embeddings
@@ -28,7 +30,8 @@ from jaxembed.checkpoint.export import Verification, edge_texts
 from jaxembed.checkpoint.pretrained import Decoder, load_decoder
 from jaxembed.models import FAMILIES
 from jaxembed.models.bloom import BloomConfig
-from jaxembed.text.format import DEFAULT_TEXT_FORMAT, TEXT_FORMAT_FILE, UDEVER, UDEVER_MARKERS
+from jaxembed.sharding import make_mesh
+from jaxembed.text.format import DEFAULT_TEXT_FORMAT, TEXT_FORMAT_FILE, UDEVER, UDEVER_MARKERS, Pooling
 from jaxembed.text.packing import RowShape
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe, with_markers
 
@@ -252,6 +255,48 @@ def test_similarity_is_that_of_sentence_transformers(saved: Saved) -> None:
     np.testing.assert_allclose(saved.model.similarity(queries, documents), expected, atol=1e-6)
     np.testing.assert_allclose(saved.model.similarity(queries[0], documents), expected[:1], atol=1e-6)
     assert saved.model.similarity(saved.model.encode([]), documents).shape == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pooling"),
+    [((2, 4, 1), "last"), pytest.param((2, 2, 2), "mean", marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_a_mesh_gives_what_one_device_gives(
+    source: Path, model: Embedder, sizes: tuple[int, int, int], pooling: Pooling
+) -> None:
+    mesh = make_mesh(*sizes)
+    text_format = dataclasses.replace(model.text_format, pooling=pooling)
+    split = Embedder.from_pretrained(source, text_format=text_format, mesh=mesh)
+    alone = model if pooling == "last" else Embedder.from_pretrained(source, text_format=text_format)
+    texts = MIXED * 2 + [f"{text} {number}" for number, text in enumerate(MIXED * 2)]
+    found = split.encode_document(texts, truncate_dim=20)
+    np.testing.assert_allclose(found, alone.encode_document(texts, truncate_dim=20), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(split.encode_query(texts[5]), alone.encode_query(texts[5]), rtol=0, atol=1e-6)
+    assert all(shape.rows % (sizes[0] * sizes[1]) == 0 for shape in split.compiled_shapes)
+    assert split.model.table.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "fsdp")), 2)
+
+
+def test_weights_come_to_the_mesh(source: Path, model: Embedder, tmp_path: Path) -> None:
+    """Also those that are elsewhere at first, and from there into an export."""
+    split = Embedder(load_decoder(source, progress=False), model.tokenizer, mesh=make_mesh(8))
+    texts, expected = MIXED[1:4], model.encode(MIXED[1:4])
+    np.testing.assert_allclose(split.encode(texts), expected, rtol=0, atol=1e-6)
+    split.replace_state(nnx.map_state(lambda _, leaf: leaf.replace(leaf[...] * 0.5), nnx.state(model.model)))
+    assert np.abs(split.encode(texts) - expected).max() > 1e-3
+    split.replace_state(nnx.state(model.model))
+    np.testing.assert_allclose(split.encode(texts), expected, rtol=0, atol=1e-6)
+    split.save_pretrained(tmp_path / "saved", verify=False)
+    model.save_pretrained(tmp_path / "alone", verify=False)
+    assert (tmp_path / "saved/model.safetensors").read_bytes() == (tmp_path / "alone/model.safetensors").read_bytes()
+
+
+def test_a_mesh_that_does_not_divide_the_model(source: Path, model: Embedder) -> None:
+    mesh = make_mesh(1, 3, devices=jax.devices()[:3])
+    with pytest.raises(InputError, match=r"mesh\.fsdp: 3 does not divide the 'embed' dimension 32 of parameter"):
+        Embedder.from_pretrained(source, text_format=model.text_format, mesh=mesh)
+    with pytest.raises(InputError, match=r"mesh\.fsdp: 3 does not divide"):
+        Embedder(model.decoder, model.tokenizer, mesh=mesh)
 
 
 def test_saved_and_loaded_again(source: Path, saved: Saved, tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ def test_average_and_slerp(tmp_path: Path, models: list[Path], capsys: pytest.Ca
     assert f"0.5 of {models[0]}\n0.25 of {models[1]}\n0.25 of {models[2]}\n" in printed
     assert Embedder.from_pretrained(tmp_path / "soup").model_hash in printed
     assert run(*models[:2], "--output", tmp_path / "arc", "--method", "slerp", "--t", 0.5) == 0
-    for name in ("soup", "arc"):
+    assert run(*models[:2], "--output", tmp_path / "parts", "--max-shard-size", "20KB") == 0
+    shards = list((tmp_path / "parts").glob("model-0*.safetensors"))
+    assert len(shards) > 1
+    for name in ("soup", "arc", "parts"):
         vectors = Embedder.from_pretrained(tmp_path / name).encode(["a few words", "and more"])
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
@@ -53,6 +56,7 @@ def parameters(embedder: Embedder) -> dict[str, np.ndarray]:
     [
         ([], "expected two models or more, found 1"),
         (["b", "--t", "0.5"], "--t belongs to --method slerp"),
+        (["b", "--max-shard-size", "many"], "--max-shard-size: expected a size such as 5GB"),
         (["nowhere/at/all"], "expected the directory of a model"),
         (["b", "--output", "a"], "is not empty"),
         (["b", "--output", "a", "--overwrite"], "is, or holds, the source"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", make_rows(60))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Embeds; the search is on all eight. Compiling for them takes longer than all of these tests."""
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxembed.sharding.local_mesh", lambda: None)
+        yield patch
 
 
 def run(*arguments: object) -> int:
@@ -66,6 +75,18 @@ def test_the_nearest_documents_are_written(
     assert "ranks 2 to 9" in printed
     assert f"{output}: 60 rows, sentence-transformers" in printed
     assert "0 of 60 queries got fewer than the 3 negatives asked for" in printed
+
+
+@pytest.mark.slow
+def test_all_devices_embed(tmp_path: Path, model: Path, data: Path, one_device: pytest.MonkeyPatch) -> None:
+    found = []
+    for output in (tmp_path / "one.jsonl", tmp_path / "all.jsonl"):
+        assert run("--model", model, "--data", data, "--output", output, "--format", "flagembedding", "--scores") == 0
+        found.append([json.loads(line) for line in output.read_text().splitlines()])
+        one_device.undo()
+    for one, several in zip(*found, strict=True):
+        assert one["neg"] == several["neg"]
+        np.testing.assert_allclose(one["neg_scores"], several["neg_scores"], rtol=0, atol=2e-6)
 
 
 def test_the_other_options(tmp_path: Path, model: Path, data: Path) -> None:

@@ -1,6 +1,8 @@
 """The mesh, the rules, and what moves between chips: the hooks of many chips against those of one."""
 
+import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
@@ -44,6 +46,7 @@ def flat(state) -> dict[tuple, nnx.Variable]:
         ((2, -1, 2), (2, 2, 2)),
         ((1, 1, -1), (1, 1, 8)),
         ((2, 4, 1), (2, 4, 1)),
+        ((1, -1, 2), (1, 4, 2)),
     ],
 )
 def test_mesh_takes_what_the_others_leave(sizes: Any, expected: tuple[int, ...]) -> None:
@@ -62,7 +65,7 @@ def test_mesh_of_some_devices() -> None:
     ("sizes", "message"),
     [
         ((3, 1, 1), r"3 × 1 × 1 does not make the 8 devices that are here; set one of them to -1"),
-        ((-1, 3, 1), "does not make the 8 devices"),
+        ((-1, 3, 1), "-1 × 3 × 1 does not make the 8 devices that are here; choose sizes that divide them"),
         ((-1, 16, 1), "does not make the 8 devices"),
         ((-1, -1, 1), "at most one of them -1"),
         ((0, 1, 1), "must be positive"),
@@ -72,6 +75,50 @@ def test_mesh_of_some_devices() -> None:
 def test_a_mesh_that_cannot_be_is_an_error_that_says_why(sizes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_mesh(*sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    """As much of a TPU of several slices as a mesh asks of it."""
+
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_only_data_goes_from_slice_to_slice() -> None:
+    devices = [SliceDevice(index) for index in (0, 0, 1, 1)]
+    for sizes in ((1, 4, 1), (1, 2, 2), (1, 1, 4)):
+        with pytest.raises(InputError, match=r"mesh\.data: 1 is no multiple of the 2 slices; .* only data"):
+            make_mesh(*sizes, devices=devices)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("topology", "sizes", "slices"),
+    [
+        ("v5e:2x4", (4, 4, 1), 2),
+        ("v5e:2x4", (2, 4, 2), 2),
+        ("v5e:4x4", (3, 16, 1), 3),
+        ("v5e:4x8", (16, 2, 1), 1),
+        ("v5p:2x4x4", (4, 8, 1), 1),
+        ("v6e:4x4", (2, 8, 1), 1),
+        ("v5p:2x2x4", (2, 8, 2), 2),
+    ],
+)
+def test_mesh_of_a_topology(topology: str, sizes: tuple[int, ...], slices: int) -> None:
+    """Every shape has a mesh; on several slices each is a block of `data`."""
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    from jax.experimental import topologies
+
+    options = {"num_slices": slices} if slices > 1 else {}
+    devices = list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+    mesh = make_mesh(*sizes, devices=devices)
+    assert tuple(mesh.shape.values()) == sizes
+    assert len({id(device) for device in mesh.devices.flat}) == len(devices)
+    if slices > 1:
+        for number, block in enumerate(np.split(mesh.devices, slices)):
+            assert {device.slice_index for device in block.flat} == {number}
 
 
 def test_rules_name_axes_of_the_mesh() -> None:

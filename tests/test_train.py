@@ -51,6 +51,14 @@ def test_wrong_type(refused, workshop):
     assert "eight" in line
 
 
+def test_an_attention_kernel_of_another_device(refused, workshop):
+    """Before anything is read."""
+    workshop.data.rename(workshop.folder / "away")
+    line = refused("--model.attention_kernel", "splash")
+    (workshop.folder / "away").rename(workshop.data)
+    assert line == "model.attention_kernel: splash runs on TPU, and this is cpu (cpu); choose auto"
+
+
 def test_missing_config(refused, workshop):
     assert str(workshop.folder / "none.yaml") in refused(config=workshop.folder / "none.yaml")
 

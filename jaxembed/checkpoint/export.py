@@ -176,6 +176,11 @@ class Verification:
         )
 
 
+def can_verify() -> bool:
+    """Whether what `verify_export` reads with is installed."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "sentence_transformers"))
+
+
 def verify_export(
     directory: str | os.PathLike[str],
     encode: Callable[[list[str], RoleName], Float[np.ndarray, "texts dim"]],
@@ -193,7 +198,7 @@ def verify_export(
     Raises:
         ExportError: other ids, or an embedding that differs by more than `TOLERANCE`; names text and role.
     """
-    if not all(importlib.util.find_spec(name) for name in ("torch", "sentence_transformers")):
+    if not can_verify():
         return None
     import torch
     from sentence_transformers import SentenceTransformer

@@ -29,6 +29,7 @@ from jaxembed.checkpoint.safetensors import (
     read_json,
 )
 from jaxembed.errors import InputError
+from jaxembed.hosts import to_host
 from jaxembed.models.weights import ParameterPath, Plan, WeightRule, assignments, resolve, shorten
 
 TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -163,8 +164,8 @@ def iter_huggingface(
 ) -> tuple[list[TensorSpec], Iterator[tuple[str, np.ndarray]]]:
     """The way back: specs and values of all tensors in Hugging Face's names and layout, for `write_safetensors`.
 
-    `state` holds numpy or jax arrays; each tensor is taken from its device when its turn comes. They keep their dtype
-    unless `dtype` is given.
+    `state` holds numpy or jax arrays; each tensor is taken from its devices when its turn comes, to which every process
+    that has a part has to come. They keep their dtype unless `dtype` is given.
     """
     plan = list(assignments(weight_map, layers, prefix))
     specs = []
@@ -178,7 +179,7 @@ def iter_huggingface(
         for assignment, spec in zip(plan, specs):
             array = state[assignment.path]
             # Indexed before it becomes numpy: only one layer leaves the device.
-            array = np.asarray(array if assignment.index is None else array[assignment.index])
+            array = to_host(array if assignment.index is None else array[assignment.index])
             yield spec.name, assignment.rule.relayout.to_huggingface(array, in_order).astype(spec.dtype, copy=False)
 
     return specs, tensors()

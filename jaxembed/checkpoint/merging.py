@@ -135,6 +135,7 @@ def merge(
     target: Path,
     *,
     dtype: np.dtype[Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Summary:
@@ -144,6 +145,7 @@ def merge(
 
     Args:
         dtype: of all tensors; None: each has the first source's.
+        max_shard_bytes: of a safetensors file, unless one tensor is larger.
 
     Raises:
         InputError: the target is there, or a source is damaged; names file and tensor.
@@ -192,6 +194,7 @@ def merge(
     return convert(
         conversion,
         target,
+        max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         verify=plain_card if tokenizer is None else None,
         progress=progress,

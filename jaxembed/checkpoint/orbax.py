@@ -5,6 +5,7 @@ small JSON record. What the containers of the tree were (dicts, tuples, the name
 tree is restored into the structure, shapes, dtypes and shardings that the reader gives.
 """
 
+import json
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import tensorstore
 from etils import epath
 
+from jaxembed import hosts
 from jaxembed.checkpoint.buffers import Buffers
 from jaxembed.errors import InputError
 
@@ -67,6 +69,9 @@ class TrainingCheckpoints:
     the next step at once), and a save that fails is reported by the next `save`, by `wait`, or on leaving the context.
     A checkpoint counts only once it is complete, and older ones are deleted only after a newer one is: by the next
     `save` or `wait`, so that the disk must hold `keep` + 1.
+
+    Of several processes all make the same calls, in a directory that all see: each writes and reads its own parts,
+    process 0 lists, chooses and deletes.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
@@ -97,7 +102,8 @@ class TrainingCheckpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.wait()
+            # Of several processes one may leave alone, and the others not be where they could be asked.
+            self._await_save() if error is not None and hosts.count() > 1 else self.wait()
         except CheckpointError as failure:
             if error is None:
                 raise
@@ -146,24 +152,30 @@ class TrainingCheckpoints:
         Raises:
             CheckpointError: that save failed.
         """
+        if self._await_save():
+            for old in self._readable_steps()[: -self.keep]:
+                self._delete(old)
+
+    def _await_save(self) -> bool:
+        """Whether there was a save under way; it is complete. Raises `CheckpointError` where it failed."""
         if self._pending is None:
-            return
+            return False
         (step, response), self._pending = self._pending, None
         try:
             response.result()
         except Exception as error:
             raise self._failure(step, error) from error
         self._unreadable.discard(step)
-        for old in self._readable_steps()[: -self.keep]:
-            self._delete(old)
+        return True
 
     def discard(self, step: int) -> bool:
         """Deletes the checkpoint of a step, unless there is no other; whether it did."""
         self.wait()
-        steps = self.steps()
+        steps = self._listed()
         if step not in steps or len(steps) == 1:
             return False
         self._delete(step)
+        hosts.barrier("checkpoint discarded")
         return True
 
     def restore_latest(
@@ -185,15 +197,19 @@ class TrainingCheckpoints:
         """
         self.wait()
         reasons = []
-        for step in reversed(self.steps()):
+        for step in reversed(self._listed()):
             path = self.directory / str(step)
+            info: Any = None
+            stored, arrays, failure = {}, {}, ""
             try:
                 metadata = ocp.metadata(path)
                 info, stored = metadata.custom_metadata, metadata.metadata
                 if not (isinstance(info, dict) and isinstance(stored, dict)):
                     raise ValueError("its record or the list of its arrays is missing")
             except Exception as error:
-                reasons.append(self._skip(step, error))
+                failure = _first_line(error)
+            if failure := _anyones("record read", failure):
+                reasons.append(self._skip(step, failure))
                 continue
             if check is not None:
                 check(info)
@@ -202,7 +218,9 @@ class TrainingCheckpoints:
             try:
                 arrays = ocp.load(path, {name: leaf for name, leaf in wanted.items() if leaf.size})
             except Exception as error:
-                reasons.append(self._skip(step, error))
+                failure = _first_line(error)
+            if failure := _anyones("arrays read", failure):
+                reasons.append(self._skip(step, failure))
                 continue
             leaves = [arrays[name] if leaf.size else _no_elements(leaf) for name, leaf in wanted.items()]
             return step, jax.tree.unflatten(jax.tree.structure(like), leaves), info
@@ -210,19 +228,23 @@ class TrainingCheckpoints:
             raise CheckpointError(f"none of the checkpoints in {self.directory} can be read: " + "; ".join(reasons))
         return None
 
+    def _listed(self) -> list[int]:
+        """`steps` as process 0 finds them: others may look before or after it deletes one."""
+        return json.loads(hosts.broadcast("checkpoints", json.dumps(self.steps() if hosts.is_main() else [])))
+
     def _readable_steps(self) -> list[int]:
-        return [step for step in self.steps() if step not in self._unreadable]
+        return [step for step in self._listed() if step not in self._unreadable]
 
     def _delete(self, step: int) -> None:
-        if jax.process_index() == 0:
+        if hosts.is_main():
             path = self.directory / str(step)
             # Without its marker a half-deleted directory is no checkpoint, whenever this is interrupted.
             (path / COMMIT_MARKER).unlink(missing_ok=True)
             path.rmtree(missing_ok=True)
 
-    def _skip(self, step: int, error: Exception) -> str:
+    def _skip(self, step: int, failure: str) -> str:
         self._unreadable.add(step)
-        reason = f"step {step}: {_first_line(error)}"
+        reason = f"step {step}: {failure}"
         log.warning("skipped an unreadable checkpoint in %s, %s", self.directory, reason)
         return reason
 
@@ -238,7 +260,7 @@ class TrainingCheckpoints:
 
     def _remove_leftovers(self) -> None:
         """Removes what interrupted saves and deletions left; called only while no save is under way."""
-        if jax.process_index() == 0:
+        if hosts.is_main():
             for path in self.directory.iterdir():
                 half_deleted = path.name.isdecimal() and not (path / COMMIT_MARKER).exists()
                 if TEMPORARY_INFIX in path.name or half_deleted:
@@ -473,8 +495,13 @@ def _compare(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -
             )
 
 
+def _anyones(name: str, failure: str) -> str:
+    """The failure of any process: what one cannot read, none may use."""
+    return next((each for each in hosts.gather(name, failure) if each), "")
+
+
 def _no_elements(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    return hosts.put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from jaxembed.checkpoint.huggingface import in_order
+from jaxembed.hosts import put, to_host
 from jaxembed.models.parts import Adapter
 from jaxembed.models.weights import Assignment, ParameterPath, Relayout, WeightRule, assignments
 
@@ -73,7 +74,7 @@ class Parts:
         variables = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
         scalings = {module.scaling for _, module in nnx.iter_modules(model) if isinstance(module, Adapter)}
         rows = getattr(model, "token_rows", None)
-        held = read or (lambda path: np.asarray(variables[path][...]))
+        held = read or (lambda path: to_host(variables[path][...]))
         return cls(variables, scalings.pop() if scalings else 1.0, () if rows is None else rows.ids, held)
 
     def changes(self, path: ParameterPath) -> bool:
@@ -162,7 +163,7 @@ def merged_parameters(
             both = (held, parts.variables[upper][...])
             held = jax.device_put(jnp.concatenate([part.astype(jnp.float32) for part in both]), held.sharding)
         elif parts.changes(path):
-            held = jax.device_put(_merged_parameter(parts, places[path], held), held.sharding)
+            held = put(_merged_parameter(parts, places[path], held), held.sharding)
         arrays[path] = held
     return arrays
 
@@ -171,7 +172,7 @@ def _merged_parameter(parts: Parts, places: Sequence[Assignment], held: jax.Arra
     merged = np.empty(held.shape, np.float32)
     for each in places:
         relayout = each.rule.relayout
-        ours = np.asarray(held if each.index is None else held[each.index])
+        ours = to_host(held if each.index is None else held[each.index])
         weight = parts.merged(each, relayout.to_huggingface(ours, in_order))
         merged[... if each.index is None else each.index] = relayout.to_jax(weight)
     return merged

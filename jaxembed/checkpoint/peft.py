@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed import hosts
 from jaxembed.checkpoint.directories import new_directory
 from jaxembed.checkpoint.hub import find_directory
 from jaxembed.checkpoint.huggingface import read_config
@@ -163,6 +164,8 @@ def write_adapter(
 ) -> None:
     """Writes the adapters of a decoder, and the rows of its table that stand apart, as PEFT does.
 
+    Every process calls it, for each may have a part of them; process 0 writes.
+
     Args:
         directory: made, or replaced.
         decoder: a `Decoder` whose model has adapters.
@@ -185,6 +188,8 @@ def write_adapter(
         tensors[_PREFIX + module + _A], tensors[_PREFIX + module + _B] = low_rank.a, low_rank.b
         targets.add(each.rule.pattern.removesuffix(".weight").rpartition(".")[2])
         rank, scaling = len(low_rank.a), low_rank.scaling
+    if not hosts.is_main():
+        return
     config = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxembed import hosts
 from jaxembed.checkpoint.huggingface import load_weights
 from jaxembed.checkpoint.model_directory import is_model_directory, load_stored, read_record
 from jaxembed.checkpoint.parts import huggingface_shapes, merged_parameters
@@ -113,7 +114,7 @@ def load_decoder(
             adapt=None if adapter is None else adapter.merge,
         )
     state = nnx.from_flat_state({path: variable.replace(arrays[path]) for path, variable in flat.items()})
-    state = jax.tree.map(jnp.asarray, state) if specs is None else jax.device_put(state, specs)
+    state = jax.tree.map(jnp.asarray, state) if specs is None else hosts.put_tree(state, specs)
     return Decoder(nnx.merge(graph, state), family, config, huggingface_config, found)
 
 

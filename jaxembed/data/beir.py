@@ -16,6 +16,7 @@ from etils import epath
 from jaxtyping import Bool, Int, Int64
 
 from jaxembed.data.formats import id_text, number
+from jaxembed.data.id_texts import CORPUS_KEYS, QUERY_KEYS
 from jaxembed.data.rows import (
     SKIP_REMEDY,
     Row,
@@ -34,11 +35,10 @@ from jaxembed.data.sources import (
     FALSE_NEGATIVE,
     SAME_TEXT,
     Examples,
+    TextRows,
     describe_dropped,
 )
 from jaxembed.data.text_store import (
-    CORPUS_KEYS,
-    QUERY_KEYS,
     Picked,
     PickedRows,
     TextStore,
@@ -144,6 +144,12 @@ def read_beir(
         dict(+dropped),
         _hash(options),
         "BEIR",
+        rows=TextRows(
+            pairs[:, 0],
+            pairs[:, 1:2],
+            negatives.rows if isinstance(negatives, PickedRows) else np.zeros((len(pairs), 0), np.int64),
+            {"anchors": len(asked), "documents": len(documents)},
+        ),
     )
 
 

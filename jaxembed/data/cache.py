@@ -73,6 +73,12 @@ class TokenCache:
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
     @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all its arrays: equal on hosts that tokenised the same texts the same way."""
+        recorded = json.loads((self.directory / "meta.json").read_text()).get("sha256")
+        return recorded or _digest(hashlib.sha256(), self.tokens, self.offsets, self.distinct_hashes, self.rows)
+
+    @cached_property
     def lengths(self) -> Int32[np.ndarray, " texts"]:
         """Number of ids of each text."""
         lengths = np.diff(self.offsets).astype(np.int32)
@@ -182,6 +188,7 @@ def _write(
         row_of: dict[str, int] = {}
         rows = np.fromiter((row_of.setdefault(text, len(row_of)) for text in texts), np.int64, count)
         texts = list(row_of)
+    digest = hashlib.sha256()
     offsets = np.zeros(len(texts) + 1, np.int64)
     hashes = np.zeros(len(texts), np.uint64)
     with (
@@ -193,7 +200,9 @@ def _write(
             ids = tokenizer(some, role)
             hashes[start : start + len(some)] = np.fromiter(map(text_hash, some), np.uint64, len(some))
             offsets[start + 1 : start + 1 + len(ids)] = [len(one) for one in ids]
-            file.write(np.concatenate(ids).astype(np.int32, copy=False).tobytes())
+            written = np.concatenate(ids).astype(np.int32, copy=False).tobytes()
+            file.write(written)
+            digest.update(written)
             bar.update(len(ids))
     np.cumsum(offsets, out=offsets)
     np.save(directory / "offsets.npy", offsets)
@@ -201,7 +210,16 @@ def _write(
     if rows is not None:
         np.save(directory / "rows.npy", rows)
     meta = key | {"texts": count, "distinct": len(texts), "tokens": int(offsets[-1])}
+    meta["sha256"] = _digest(digest, offsets, hashes, rows)
     (directory / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _digest(digest: Any, *arrays: np.ndarray | None) -> str:
+    """Of what the digest has taken in, and of arrays: the tokens first."""
+    for array in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _publish(temporary: Path, final: Path, opened: Callable[[Path], _Opened], what: str) -> _Opened:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,13 +17,15 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
+from jaxembed import hosts
 from jaxembed.data.cache import TokenCache, build_token_cache
 from jaxembed.data.known import KnownPositives
-from jaxembed.data.plan import DataSet, Schedule
+from jaxembed.data.plan import DataSet, Rotation, Schedule
 from jaxembed.data.sources import Examples
+from jaxembed.data.teacher import TeacherEmbeddings
 from jaxembed.data.text_store import Picked, PickedRows
 from jaxembed.text.format import RoleName
-from jaxembed.text.packing import RowShape, best_fit_rows, fill_rows
+from jaxembed.text.packing import RowShape, best_fit_rows, deal_rows, fill_rows
 from jaxembed.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,11 @@ logger = logging.getLogger(__name__)
 CHUNK_TOKENS = {"cpu": 1024, "gpu": 32_768, "tpu": 32_768}
 """Tokens that a chip runs at once in training, by platform, where the config does not say."""
 
+LOCAL_FIELDS = {"tokens": 1, "segments": 1, "first": 1, "last": 1, "teacher": 0}
+"""Fields of a batch of which only the part of some chips is made, and the axis that is split over the chips."""
+
 _SAMPLED_BATCHES = 24  # packed at the start to choose the row length and the numbers of chunks
+_SAMPLED_TEXTS = 400_000  # fewer batches where they have more texts: each is packed for several row lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +70,7 @@ def tokenize_examples(
     negatives: int,
     own: Sequence[tuple[TextTokenizer, tuple[RoleName, RoleName]]] | None = None,
     limits: Sequence[int] | None = None,
+    rotating: Sequence[bool] | None = None,
 ) -> tuple[TextTable, list[DataSet]]:
     """Every text of the sources as token ids, once, and the data sets as rows of that table.
 
@@ -78,6 +86,8 @@ def tokenize_examples(
         own: for each source its tokenizer and the roles of its anchors and of its documents, where they are not
             `tokenizer`, "query" and "document".
         limits: for each source how many hard negatives of a query are taken, at most `negatives`.
+        rotating: for each source whether each pass takes the next ones, so that all its documents are tokenised; None:
+            none does.
     """
     caches: list[TokenCache] = []
     skipped: list[int] = []
@@ -91,22 +101,32 @@ def tokenize_examples(
         numbered += len(cache)
         return numbered - len(cache)
 
-    data_sets: list[DataSet] = []
+    tables: list[Int[np.ndarray, "examples columns"]] = []
+    limits = limits or [negatives] * len(sources)
+    rotating = rotating or [False] * len(sources)
     picked: dict[tuple[str, str, RoleName], list[_Picking]] = {}
     common: tuple[TextTokenizer, tuple[RoleName, RoleName]] = tokenizer, ("query", "document")
     readers = own or [common] * len(sources)
-    for source, weight, (reader, roles), limit in zip(sources, weights, readers, limits or [negatives] * len(sources)):
-        texts = np.full((len(source), 2 + negatives), -1, np.int64)
-        for part in _text_columns(source, limit, roles):
+    for source, (reader, roles), limit, rotates in zip(sources, readers, limits, rotating):
+        more = source.more_positives if rotates else None
+        limit = int(source.negative_counts.max(initial=0)) if rotates else limit
+        width = 2 + (limit if rotates else negatives) + (more.rows.shape[1] if more else 0)
+        texts = np.full((len(source), width), -1, np.int64)
+        for part in _text_columns(source, limit, roles, more):
             if isinstance(part.texts, Picked):
                 key = part.texts.store.fingerprint, reader.fingerprint, part.role
                 picked.setdefault(key, []).append(_Picking(part.texts, part, texts, reader))
                 continue
             cache = build_token_cache(
-                part.texts, part.role, reader, source_fingerprint=part.fingerprint, directory=cache_dir
+                part.texts,
+                part.role,
+                reader,
+                source_fingerprint=part.fingerprint,
+                directory=cache_dir,
+                progress=hosts.is_main(),
             )
             texts[part.examples, part.columns] = add(cache, reader, part.role) + np.arange(len(cache))
-        data_sets.append(DataSet(source.name, texts, weight))
+        tables.append(texts)
     for (fingerprint, _, role), parts in picked.items():
         named = np.unique(np.concatenate([part.texts.rows for part in parts]))
         digest = hashlib.sha256(named.astype("<i8").tobytes()).hexdigest()
@@ -117,10 +137,15 @@ def tokenize_examples(
             source_fingerprint=f"{fingerprint}:{digest}",
             directory=cache_dir,
             distinct=True,
+            progress=hosts.is_main(),
         )
         first = add(cache, parts[0].reader, role)
         for part in parts:
             part.table[part.of.examples, part.of.columns] = first + np.searchsorted(named, part.texts.rows)
+    data_sets = [
+        _rotating(source, texts, weight, limit, negatives) if rotates else DataSet(source.name, texts, weight)
+        for source, texts, weight, limit, rotates in zip(sources, tables, weights, limits, rotating)
+    ]
     counts = [len(cache) for cache in caches]
     table = TextTable(
         tuple(caches),
@@ -130,6 +155,20 @@ def tokenize_examples(
         tuple(skipped),
     )
     return table, data_sets
+
+
+def _rotating(
+    source: Examples, texts: Int[np.ndarray, "examples columns"], weight: float | None, limit: int, negatives: int
+) -> DataSet:
+    """Of anchor, positive, all negatives, further positives."""
+    end = 2 + int(source.negative_counts.max(initial=0))
+    positives = np.concatenate([texts[:, 1:2], texts[:, end:]], axis=1)
+    rotation = Rotation(positives.astype(np.int32), texts[:, 2:end].astype(np.int32), limit)
+    first = np.full((len(texts), 2 + negatives), -1, np.int64)
+    first[:, 0] = texts[:, 0]
+    everyone = np.arange(len(texts))
+    first[:, 1 : 2 + limit] = rotation.texts(everyone, np.zeros_like(everyone))
+    return DataSet(source.name, first, weight, rotation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +192,9 @@ class _Picking:
     reader: TextTokenizer
 
 
-def _text_columns(source: Examples, negatives: int, roles: tuple[RoleName, RoleName]) -> Iterator[_Texts]:
+def _text_columns(
+    source: Examples, negatives: int, roles: tuple[RoleName, RoleName], more_positives: PickedRows | None = None
+) -> Iterator[_Texts]:
     """The anchors; then the documents, those that are in memory in one piece, so that each is tokenised once."""
     everyone = np.arange(len(source))
     query, document = roles
@@ -170,6 +211,11 @@ def _text_columns(source: Examples, negatives: int, roles: tuple[RoleName, RoleN
         for place, rows in zip(places, having):
             found = [source.negatives[row][place] for row in rows.tolist()]
             documents.append(_Texts(document, found, "", rows, np.full(len(rows), 2 + place)))
+    if more_positives is not None:
+        for place, column in enumerate(more_positives.rows.T, 2 + len(places)):
+            rows = np.flatnonzero(column >= 0)
+            found = Picked(more_positives.store, column[rows])
+            documents.append(_Texts(document, found, "", rows, np.full(len(rows), place)))
     listed = [part for part in documents if not isinstance(part.texts, Picked)]
     yield from (part for part in documents if isinstance(part.texts, Picked))
     if listed:
@@ -228,6 +274,9 @@ def choose_layout(
         slots = min(length, max(4, length // max(4, int(np.percentile(np.concatenate(batches), 5)))))
         per_chunk = chunk_rows or max(1, chunk_tokens // length)
         rows = [len(best_fit_rows(lengths, length, slots)) for lengths in batches]
+        if chunk_rows is None:  # as few chunks, but no rows that no batch fills
+            most = -(-max(rows) // chips)
+            per_chunk = -(-most // -(-most // per_chunk))
         needed = sorted(-(-count // (per_chunk * chips)) for count in rows)
         chunks = tuple(sorted({needed[len(needed) // 2], needed[-1]}))
         layout = RowLayout(length, slots, per_chunk, chips, chunks, 0.0)
@@ -242,6 +291,18 @@ def choose_layout(
 
 
 @dataclasses.dataclass(frozen=True)
+class _Visit:
+    """The examples of a batch with the texts that they have in it."""
+
+    examples: Int[np.ndarray, " examples"]
+    data_set: Int[np.ndarray, " examples"]
+    texts: Int[np.ndarray, "examples columns"]
+    positives: Int[np.ndarray, " examples"]
+    """Which of its positives each example has, and which of its negatives, −1 for none."""
+    negatives: Int[np.ndarray, "examples negatives"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Batches:
     """The global batches of a run, by step."""
 
@@ -253,24 +314,80 @@ class Batches:
     pad: int = 0
     scores: Float[np.ndarray, "examples scored"] | None = None
     """`Examples.scores` of all data sets, NaN where there is none."""
+    rotations: tuple[Rotation | None, ...] = ()
+    """Of the data sets, where one rotates."""
+    teachers: tuple[TeacherEmbeddings | None, ...] = ()
+    """A teacher's embeddings of the data sets, where one has them."""
+    mine: tuple[int, ...] | None = None
+    """The chips whose rows are filled here, ascending; None: all."""
 
     @functools.cached_property
     def known(self) -> KnownPositives:
         """The positives of every query of the run, for those it meets in a batch."""
-        return KnownPositives.of(*(self.table.hashes[self.texts[:, column]] for column in (0, 1)))
+        pairs = [self.texts[:, :2]]
+        for number, rotation in enumerate(self.rotations):
+            if rotation is not None:
+                example, column = np.nonzero(rotation.positives >= 0)
+                anchors = self.texts[self._first[number] + example, 0]
+                pairs.append(np.stack([anchors, rotation.positives[example, column]], axis=1))
+        anchors, positives = np.concatenate(pairs).T
+        return KnownPositives.of(self.table.hashes[anchors], self.table.hashes[positives])
+
+    @functools.cached_property
+    def _first(self) -> Int[np.ndarray, " data_sets"]:
+        """The first example of each data set."""
+        return np.searchsorted(self.data_set, np.arange(max(len(self.rotations), len(self.teachers))))
+
+    def _visit(self, step: int) -> "_Visit":
+        examples = self.schedule.batch(step)
+        texts, data_set = self.texts[examples], self.data_set[examples]
+        positives = np.zeros(len(examples), np.int64)
+        negatives = np.tile(np.arange(texts.shape[1] - 2), (len(examples), 1))
+        for number, rotation in enumerate(self.rotations):
+            if rotation is not None:
+                here = np.flatnonzero(data_set == number)
+                own, passes = examples[here] - self._first[number], self.schedule.passes(step)[here]
+                texts[here, 1 : 2 + rotation.taken] = rotation.texts(own, passes)
+                positives[here], negatives[here, : rotation.taken] = rotation.picks(own, passes)
+        return _Visit(examples, data_set, texts, positives, np.where(texts[:, 2:] >= 0, negatives, -1))
+
+    def _scores_of(self, visit: "_Visit") -> Float[np.ndarray, "examples columns"] | None:
+        if self.scores is None or not any(self.rotations):
+            return None if self.scores is None else self.scores[visit.examples]
+        columns = np.concatenate([np.zeros_like(visit.positives)[:, None], 1 + visit.negatives], axis=1)
+        columns = np.minimum(columns, self.scores.shape[1] - 1)
+        found = np.take_along_axis(self.scores[visit.examples], columns, 1)
+        found[:, 1:][visit.negatives < 0] = np.nan
+        return found
+
+    def _taught(self, visit: "_Visit") -> Float[np.ndarray, "examples texts dim"] | None:
+        dim = next((each.dim for each in self.teachers if each is not None), None)
+        if dim is None:
+            return None
+        queries = np.arange(len(visit.texts))
+        if self.mine is not None:
+            queries = queries.reshape(self.layout.chips, -1)[list(self.mine)].ravel()
+        found = np.full((len(queries), visit.texts.shape[1], dim), np.nan, np.float32)
+        for number, teacher in enumerate(self.teachers):
+            if teacher is not None:
+                place = np.flatnonzero(visit.data_set[queries] == number)
+                here = queries[place]
+                own = visit.examples[here] - self._first[number]
+                found[place] = teacher.of(own, visit.positives[here], visit.negatives[here])
+        return found
 
     def __len__(self) -> int:
         return self.schedule.steps
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The fields of `training.gradient.Batch` as numpy arrays, and `step` and `tokens_used` beside them."""
+        """The fields of `training.gradient.Batch` as numpy arrays, `step` and what `pack_batch` gives beside them."""
         step = int(index)
-        examples = self.schedule.batch(step)
-        texts = self.texts[examples]
+        visit = self._visit(step)
+        texts = visit.texts
         fields = pack_batch(
-            self.table, texts, self.data_set[examples], self.layout, self.pad, self.table.skipped_of(texts),
-            hashes=self.table.hashes[texts], known=self.known,
-            scores=None if self.scores is None else self.scores[examples],
+            self.table, texts, visit.data_set, self.layout, self.pad, self.table.skipped_of(texts),
+            hashes=self.table.hashes[texts], known=self.known, scores=self._scores_of(visit),
+            teacher=self._taught(visit), mine=self.mine,
         )  # fmt: skip
         return {**fields, "step": step}
 
@@ -283,7 +400,8 @@ def sample_lengths(
     To the first the longest text of all is added, which rows must hold whatever the sample.
     """
     steps = min(schedule.steps, schedule.steps_per_epoch)
-    chosen = np.unique(np.linspace(0, steps - 1, min(steps, _SAMPLED_BATCHES)).astype(int))
+    sampled = max(2, min(_SAMPLED_BATCHES, _SAMPLED_TEXTS // (schedule.batch_size * texts.shape[1])))
+    chosen = np.unique(np.linspace(0, steps - 1, min(steps, sampled)).astype(int))
     rows = [texts[schedule.batch(int(step))].ravel() for step in chosen]
     samples = [table.lengths[row[row >= 0]] for row in rows]
     return [np.append(samples[0], table.lengths.max()), *samples[1:]]
@@ -300,6 +418,8 @@ def pack_batch(
     hashes: UInt64[np.ndarray, "examples columns"] | None = None,
     known: KnownPositives | None = None,
     scores: Float[np.ndarray, "examples scored"] | None = None,
+    teacher: Float[np.ndarray, "examples columns dim"] | None = None,
+    mine: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Packs the texts of a batch and says where each is found again.
 
@@ -311,31 +431,38 @@ def pack_batch(
         hashes: of each text, by which equal ones are known; None: by their numbers.
         known: positives of the queries elsewhere in the data, by the same hashes.
         scores: of each example's documents.
+        teacher: a teacher's embeddings of each example's texts, NaN for those without; of the examples of `mine` only.
+        mine: the chips whose rows are wanted, ascending; None: all. Everything else, and what lies in which row, is the
+            same whichever they are.
+
+    Returns:
+        The fields of a batch, of which `LOCAL_FIELDS` have the part of the chips in `mine` only; `mine`; and of the
+        whole batch `texts_used`, `tokens_used` and `positions`, how many its rows have.
     """
     examples = len(texts)
     flat = texts.T.ravel()
     present = np.flatnonzero(flat >= 0)
-    ids = [table[int(text)] for text in flat[present]]
-    lengths = np.array([len(x) for x in ids])
+    lengths = table.lengths[flat[present]].astype(np.int64)
     packed = best_fit_rows(lengths, layout.row_length, layout.slots)
-    packed.sort(key=len, reverse=True)  # stable
     chips, per_chunk = layout.chips, layout.chunk_rows
     chunks = layout.chunks_for(len(packed))
-    by_chip: list[list[list[int]]] = [[] for _ in range(chips)]
-    for number, row in enumerate(packed):
-        turn, chip = divmod(number, chips)
-        by_chip[chip if turn % 2 == 0 else chips - 1 - chip].append(row)
+    by_chip = deal_rows(packed, chips, chunks * per_chunk)
     most = max(sum(map(len, rows)) for rows in by_chip)
-    capacity = len(flat) if chips == 1 else max(-(-most // 8) * 8, -(-int(1.1 * len(flat) / chips) // 8) * 8)
+    usual = math.ceil(1.1 * len(flat) / chips)  # a little more than needed, so that batches seldom differ in shape
+    capacity = len(flat) if chips == 1 else usual if most <= usual else -(-most // 8) * 8
     shape = RowShape(layout.row_length, chunks * per_chunk, layout.slots)
-    left_out = None if skipped is None else skipped.T.ravel()[present]
-    filled = [fill_rows(ids, rows, shape, pad, left_out) for rows in by_chip]
     pick = np.zeros((chips, capacity), np.int32)
     place = np.zeros(len(flat), np.int32)
-    for chip, rows in enumerate(filled):
-        slots = np.flatnonzero(rows.texts.ravel() >= 0)
-        pick[chip, : len(slots)] = slots
-        place[present[rows.texts.ravel()[slots]]] = chip * capacity + np.arange(len(slots))
+    for chip, rows in enumerate(by_chip):
+        inside = [text for row in rows for text in row]
+        pick[chip, : len(inside)] = [row * layout.slots + slot for row, x in enumerate(rows) for slot in range(len(x))]
+        place[present[inside]] = chip * capacity + np.arange(len(inside))
+    mine = range(chips) if mine is None else mine
+    ids: list[np.ndarray] = [np.zeros(0, np.int32)] * len(present)
+    for text in (text for chip in mine for row in by_chip[chip] for text in row):
+        ids[text] = table[int(flat[present[text]])]
+    left_out = None if skipped is None else skipped.T.ravel()[present]
+    filled = [fill_rows(ids, by_chip[chip], shape, pad, left_out) for chip in mine]
 
     named = flat if hashes is None else hashes.T.ravel()
     distinct, numbers = np.unique(named[present], return_inverse=True)
@@ -364,9 +491,13 @@ def pack_batch(
         "candidate_codes": codes[examples:],
         "known": others,
         "scores": np.zeros((examples, 0), np.float32) if scores is None else scores.astype(np.float32),
+        "teacher": (np.zeros((examples * len(mine) // chips, 0, 0)) if teacher is None else teacher).astype(np.float32),
         "data_set": data_set.astype(np.int32),
         "data_sets": data_set.astype(np.int32),
+        "mine": np.asarray(mine, np.int32),
+        "texts_used": len(present),
         "tokens_used": int(lengths.sum()),
+        "positions": chips * shape.tokens,
     }
 
 

@@ -22,6 +22,48 @@ _PATIENCE = 8
 
 
 @dataclass(frozen=True, eq=False)
+class Rotation:
+    """All positives and negatives of the examples of a data set, of which each pass through it takes the next ones.
+
+    As sentence-transformers' and SGPT's `train_bi-encoder_mnrl.py`, which take the first of a query's list and append
+    it at the end.
+
+    Attributes:
+        positives: row numbers into the texts of the whole run; those an example has come first, then −1.
+        negatives: the same.
+        taken: negatives of an example in one pass.
+    """
+
+    positives: Int[np.ndarray, "examples positives"]
+    negatives: Int[np.ndarray, "examples negatives"]
+    taken: int
+
+    def picks(
+        self, examples: Int[np.ndarray, " visits"], passes: Int[np.ndarray, " visits"]
+    ) -> tuple[Int64[np.ndarray, " visits"], Int64[np.ndarray, "visits taken"]]:
+        """Which of its positives, and which of its negatives (−1 for none), each example has in a pass, from 0.
+
+        Pass p of an example with n negatives, of which k are taken: (p · k + j) mod n for j < k; all where n ≤ k.
+        """
+        positives = passes % (self.positives[examples] >= 0).sum(1)
+        counts = (self.negatives[examples] >= 0).sum(1)[:, None]
+        column = np.arange(self.taken)
+        turns = (passes[:, None] * self.taken + column) % np.maximum(counts, 1)
+        return positives, np.where(counts > self.taken, turns, np.where(column < counts, column, -1))
+
+    def texts(
+        self, examples: Int[np.ndarray, " visits"], passes: Int[np.ndarray, " visits"]
+    ) -> Int[np.ndarray, "visits documents"]:
+        """Row numbers of the positive and the negatives of `picks`."""
+        positives, negatives = self.picks(examples, passes)
+        found = np.full((len(examples), 1 + self.taken), -1, np.int64)
+        found[:, 0] = self.positives[examples, positives]
+        if self.negatives.shape[1]:
+            found[:, 1:] = np.where(negatives >= 0, self.negatives[examples[:, None], negatives], -1)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class DataSet:
     """The examples of one source, as the plan sees them.
 
@@ -29,11 +71,13 @@ class DataSet:
         name: for messages and metrics.
         texts: row numbers into the texts of the whole run: anchor, positive, negatives; -1 where there is none.
         weight: share in the mix relative to the others; None = its number of examples.
+        rotation: where each pass has other positives and negatives; `texts` are those of the first.
     """
 
     name: str
     texts: Int[np.ndarray, "examples columns"]
     weight: float | None = None
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +102,14 @@ class EpochPlan:
 
     Attributes:
         order: example numbers.
+        passes: how often the data set of each was passed through before, for `Rotation`.
         hash: SHA-256 over the order and all that it was computed from.
         clashes: examples that still share a text with another one of their batch, less one of each group that does.
         swapped: examples that changed places with one of another batch because they did.
     """
 
     order: Int64[np.ndarray, "batches batch"]
+    passes: Int64[np.ndarray, "batches batch"]
     hash: str
     clashes: int
     swapped: int
@@ -144,10 +190,18 @@ class Schedule:
         Raises:
             IndexError: the run has no such step.
         """
+        return self._row(step)[0]
+
+    def passes(self, step: int) -> Int64[np.ndarray, " batch"]:
+        """For each example of the batch of a step the pass through its data set, from 0."""
+        return self._row(step)[1]
+
+    def _row(self, step: int) -> tuple[Int64[np.ndarray, " batch"], Int64[np.ndarray, " batch"]]:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} is not in a run of {self.steps} steps")
         epoch, index = self.position(step)
-        return self.epoch(epoch).order[index]
+        plan = self.epoch(epoch)
+        return plan.order[index], plan.passes[index]
 
 
 def run_plan(
@@ -189,6 +243,32 @@ class _Inputs:
     starts: Int64[np.ndarray, " bounds"]
     digest: str
     homogeneous: bool
+    visits: "_Visits | None" = None
+    """Where a data set rotates: in place of `codes` and `starts`, which are of the first pass."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Visits:
+    """The texts of all examples, pass by pass."""
+
+    texts: Int64[np.ndarray, "examples columns"]
+    """Of the first pass."""
+    hashes: UInt64[np.ndarray, " texts"]
+    rotations: tuple[tuple[int, int, Rotation], ...]
+    """First example of a data set that rotates, the one after its last, and how."""
+
+    def listed(
+        self, examples: Int64[np.ndarray, " places"], passes: Int64[np.ndarray, " places"]
+    ) -> tuple[Int64[np.ndarray, " entries"], Int64[np.ndarray, " places"]]:
+        """As `_listed`."""
+        texts = self.texts[examples]
+        for first, end, rotation in self.rotations:
+            here = np.flatnonzero((first <= examples) & (examples < end))
+            texts[here, 1 : 2 + rotation.taken] = rotation.texts(examples[here] - first, passes[here])
+        present = texts >= 0
+        place, _, code = _distinct_texts(present, self.hashes[texts[present]])
+        keep = np.bincount(code)[code] > 1
+        return code[keep], np.bincount(place[keep], minlength=len(examples))
 
 
 def _inputs(
@@ -224,18 +304,48 @@ def _inputs(
     for array in (present, hashes.astype("<u8")):
         digest.update(np.ascontiguousarray(array).data)
 
-    example, column = np.nonzero(present)
-    _, code = np.unique(hashes[present], return_inverse=True)
-    # An example that has a text twice does not clash with itself.
-    order = np.lexsort((column, code, example))
-    repeated = (np.diff(example[order], prepend=-1) == 0) & (np.diff(code[order], prepend=-1) == 0)
-    first = order[~repeated]
-    example, code, column = example[first], code[first], column[first]
+    visits = None
+    ends = np.cumsum(sizes).tolist()
+    rotations = tuple(
+        (end - len(dataset.texts), end, dataset.rotation)
+        for dataset, end in zip(datasets, ends)
+        if dataset.rotation is not None
+    )
+    if rotations:
+        visits = _Visits(texts, text_hashes, rotations)
+        for first, _, rotation in rotations:
+            digest.update(json.dumps([first, rotation.taken]).encode())
+            for pool in (rotation.positives, rotation.negatives):
+                digest.update(np.ascontiguousarray(pool >= 0).data)
+                digest.update(text_hashes[pool[pool >= 0]].astype("<u8").data)
+    example, column, code = _distinct_texts(present, hashes[present])
     # Where an example can come twice in an epoch it clashes with itself, by its anchor.
     comes_again = np.repeat((counts != sizes) & (not mixing.homogeneous), sizes)
     keep = (np.bincount(code)[code] > 1) | (comes_again[example] & (column == 0))
     starts = np.searchsorted(example[keep], np.arange(sizes.sum() + 1))
-    return _Inputs(sizes, counts, code[keep].astype(np.int64), starts, digest.hexdigest(), mixing.homogeneous)
+    return _Inputs(sizes, counts, code[keep], starts, digest.hexdigest(), mixing.homogeneous, visits)
+
+
+def _distinct_texts(
+    present: Bool[np.ndarray, "examples columns"], hashes: UInt64[np.ndarray, " texts"]
+) -> tuple[Int64[np.ndarray, " entries"], Int64[np.ndarray, " entries"], Int64[np.ndarray, " entries"]]:
+    """Example, column and code of each text that an example has, example by example; of one it has twice the first."""
+    example, column = np.nonzero(present)
+    _, code = np.unique(hashes, return_inverse=True)
+    order = np.lexsort((column, code, example))
+    repeated = (np.diff(example[order], prepend=-1) == 0) & (np.diff(code[order], prepend=-1) == 0)
+    first = order[~repeated]
+    return example[first], column[first], code[first].astype(np.int64)
+
+
+def _listed(
+    inputs: _Inputs, examples: Int64[np.ndarray, " places"], passes: Int64[np.ndarray, " places"]
+) -> tuple[Int64[np.ndarray, " entries"], Int64[np.ndarray, " places"]]:
+    """Codes of the texts by which the examples in these places can clash, place by place, and how many each has."""
+    if inputs.visits is not None:
+        return inputs.visits.listed(examples, passes)
+    lengths = np.diff(inputs.starts)[examples]
+    return inputs.codes[_ranges(inputs.starts[examples], lengths)], lengths
 
 
 def _steps_per_epoch(inputs: _Inputs, batch_size: int) -> int:
@@ -251,29 +361,40 @@ def _steps_per_epoch(inputs: _Inputs, batch_size: int) -> int:
 def _plan(inputs: _Inputs, batch_size: int, seed: int, epoch: int) -> EpochPlan:
     _steps_per_epoch(inputs, batch_size)  # raises where there is not one whole batch
     if inputs.homogeneous:
-        order, clashes, swapped = _own_batches(inputs, batch_size, seed, epoch)
+        order, passes, clashes, swapped = _own_batches(inputs, batch_size, seed, epoch)
     else:
-        examples = _shuffled(inputs, seed, epoch)
-        order, clashes, swapped = _batches(inputs, examples, batch_size, _generator(1, seed, epoch))
+        examples, passes = _shuffled(inputs, seed, epoch)
+        order, passes, clashes, swapped = _batches(inputs, examples, passes, batch_size, _generator(1, seed, epoch))
     digest = hashlib.sha256(json.dumps(["epoch plan 1", inputs.digest, batch_size, seed, epoch]).encode())
     digest.update(order.astype("<i8").data)
-    return EpochPlan(order, digest.hexdigest(), clashes, swapped)
+    if inputs.visits is not None:
+        digest.update(passes.astype("<i8").data)
+    return EpochPlan(order, passes, digest.hexdigest(), clashes, swapped)
+
+
+_Order = tuple[Int64[np.ndarray, "batches batch"], Int64[np.ndarray, "batches batch"], int, int]
+"""Examples and their passes, batch by batch; how many examples clash still, and how many moved."""
 
 
 def _batches(
-    inputs: _Inputs, examples: Int64[np.ndarray, " places"], batch_size: int, generator: np.random.Generator
-) -> tuple[Int64[np.ndarray, "batches batch"], int, int]:
-    """The whole batches of a sequence of examples, equal texts parted; how many clash still, and how many moved."""
-    places, clashes, swapped = _part_equal_texts(inputs, examples, batch_size, generator)
-    order = np.empty_like(examples)
-    order[places] = examples
+    inputs: _Inputs,
+    examples: Int64[np.ndarray, " places"],
+    passes: Int64[np.ndarray, " places"],
+    batch_size: int,
+    generator: np.random.Generator,
+) -> _Order:
+    """The whole batches of a sequence of examples, equal texts parted."""
+    places, clashes, swapped = _part_equal_texts(*_listed(inputs, examples, passes), batch_size, generator)
     batches = len(examples) // batch_size
-    return order[: batches * batch_size].reshape(batches, batch_size), clashes, swapped
+    found = []
+    for column in (examples, passes):
+        order = np.empty_like(column)
+        order[places] = column
+        found.append(order[: batches * batch_size].reshape(batches, batch_size))
+    return found[0], found[1], clashes, swapped
 
 
-def _own_batches(
-    inputs: _Inputs, batch_size: int, seed: int, epoch: int
-) -> tuple[Int64[np.ndarray, "batches batch"], int, int]:
+def _own_batches(inputs: _Inputs, batch_size: int, seed: int, epoch: int) -> _Order:
     """Batches that come from one data set each, those of a data set spread evenly over the epoch.
 
     A data set is passed through again and again: each pass is a permutation of it, cut into batches.
@@ -281,20 +402,25 @@ def _own_batches(
     before, now = _batch_counts(inputs, batch_size, epoch)
     generator = _generator(0, seed, epoch)
     first = np.cumsum(inputs.sizes) - inputs.sizes
-    orders, when, clashes, swapped = [], [], 0, 0
+    orders, turns, when, clashes, swapped = [], [], [], 0, 0
     for number in np.flatnonzero(now).tolist():
         size, begin, count = int(inputs.sizes[number]), int(before[number]), int(now[number])
         a_pass = size // batch_size
-        passes = []
+        parts = []
         for one in range(begin // a_pass, (begin + count - 1) // a_pass + 1):
             examples = first[number] + _generator(2, seed, number, one).permutation(size)
-            batches, clashing, moved = _batches(inputs, examples, batch_size, _generator(1, seed, number, one))
-            passes.append(batches)
+            again = np.full(size, one, np.int64)
+            batches, passes, clashing, moved = _batches(
+                inputs, examples, again, batch_size, _generator(1, seed, number, one)
+            )
+            parts.append((batches, passes))
             clashes, swapped = clashes + clashing, swapped + moved
         begin %= a_pass
-        orders.append(np.concatenate(passes)[begin : begin + count])
+        for found, column in zip((orders, turns), zip(*parts)):
+            found.append(np.concatenate(column)[begin : begin + count])
         when.append((np.arange(count) + generator.random(count)) / count)
-    return np.concatenate(orders)[np.argsort(np.concatenate(when), kind="stable")], clashes, swapped
+    spread = np.argsort(np.concatenate(when), kind="stable")
+    return np.concatenate(orders)[spread], np.concatenate(turns)[spread], clashes, swapped
 
 
 def _batch_counts(
@@ -324,10 +450,12 @@ def _generator(*entropy: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
 
-def _shuffled(inputs: _Inputs, seed: int, epoch: int) -> Int64[np.ndarray, " places"]:
-    """The examples of an epoch in random order, each data set spread evenly over it."""
+def _shuffled(
+    inputs: _Inputs, seed: int, epoch: int
+) -> tuple[Int64[np.ndarray, " places"], Int64[np.ndarray, " places"]]:
+    """The examples of an epoch in random order, each data set spread evenly over it, and the pass of each."""
     generator = _generator(0, seed, epoch)
-    examples, when = [], []
+    examples, turns, when = [], [], []
     first = 0
     for number, (size, count) in enumerate(zip(inputs.sizes.tolist(), inputs.counts.tolist())):
         if count:
@@ -336,30 +464,35 @@ def _shuffled(inputs: _Inputs, seed: int, epoch: int) -> Int64[np.ndarray, " pla
             stream = np.concatenate([_generator(2, seed, number, one).permutation(size) for one in passes])
             begin -= passes[0] * size
             examples.append(first + stream[begin : begin + count])
+            turns.append(np.repeat(np.asarray(passes, np.int64), size)[begin : begin + count])
             when.append((np.arange(count) + generator.random(count)) / count)
         first += size
-    return np.concatenate(examples)[np.argsort(np.concatenate(when), kind="stable")]
+    spread = np.argsort(np.concatenate(when), kind="stable")
+    return np.concatenate(examples)[spread], np.concatenate(turns)[spread]
 
 
 def _part_equal_texts(
-    inputs: _Inputs,
-    examples: Int64[np.ndarray, " places"],
+    codes: Int64[np.ndarray, " entries"],
+    lengths: Int64[np.ndarray, " places"],
     batch_size: int,
     generator: np.random.Generator,
 ) -> tuple[Int64[np.ndarray, " places"], int, int]:
     """Places for the examples such that those of a batch share no text, as far as a few rounds of random swaps get.
 
+    Args:
+        codes: of the texts of one example after the other.
+        lengths: how many each example has.
+
     Returns:
         The place of each example, how many still clash, and how many were swapped to get there.
     """
-    batches = len(examples) // batch_size
-    lengths = np.diff(inputs.starts)[examples]
+    examples = len(lengths)
+    batches = examples // batch_size
     ends = np.cumsum(lengths)
-    codes = inputs.codes[_ranges(inputs.starts[examples], lengths)]
-    owner = np.repeat(np.arange(len(examples)), lengths)
+    owner = np.repeat(np.arange(examples), lengths)
     code_count = int(codes.max(initial=0)) + 1
-    places = np.arange(len(examples))
-    best, fewest, swapped, swapped_then, since = places, len(examples) + 1, 0, 0, 0
+    places = np.arange(examples)
+    best, fewest, swapped, swapped_then, since = places, examples + 1, 0, 0, 0
 
     def meets(who: Int64[np.ndarray, " swaps"], where: Int64[np.ndarray, " swaps"]) -> Bool[np.ndarray, " swaps"]:
         entries = _ranges(ends[who] - lengths[who], lengths[who])
@@ -377,13 +510,13 @@ def _part_equal_texts(
         since = 0 if len(offenders) < 0.99 * fewest else since + 1
         if len(offenders) < fewest:
             best, fewest, swapped_then = places.copy(), len(offenders), swapped
-        if not len(offenders) or since == _PATIENCE or len(examples) == batch_size:
+        if not len(offenders) or since == _PATIENCE or examples == batch_size:
             break
         # A random place outside the offender's own batch, whose example does not clash itself and is not wanted twice.
-        jumps = batch_size + generator.integers(0, len(examples) - batch_size, len(offenders))
+        jumps = batch_size + generator.integers(0, examples - batch_size, len(offenders))
         at = np.empty_like(places)
-        at[places] = np.arange(len(examples))
-        partners, first = np.unique(at[(batch[offenders] * batch_size + jumps) % len(examples)], return_index=True)
+        at[places] = np.arange(examples)
+        partners, first = np.unique(at[(batch[offenders] * batch_size + jumps) % examples], return_index=True)
         free = ~np.isin(partners, offenders)
         offenders, partners = offenders[first[free]], partners[free]
         good = ~meets(offenders, batch[partners]) & ~meets(partners, batch[offenders])

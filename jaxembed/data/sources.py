@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -13,9 +13,10 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from jaxembed.data.formats import Group, NamedGroup, Reader, RowFormat, number, recognise
+from jaxembed.data.id_texts import CORPUS_KEYS
 from jaxembed.data.labels import DUPLICATE, EMPTY_TEXT, inference_groups, label_groups
 from jaxembed.data.rows import SKIP_REMEDY, Row, file_fingerprint, numbered_rows, text_at, value_at
-from jaxembed.data.text_store import CORPUS_KEYS, Picked, PickedRows, TextStore, find_corpus, store_of_file
+from jaxembed.data.text_store import Picked, PickedRows, TextStore, find_corpus, store_of_file
 from jaxembed.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,26 @@ EMPTY_NEGATIVE = "empty negative"
 FALSE_NEGATIVE = "negative that is a positive"
 
 _Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, eq=False)
+class TextRows:
+    """Which of a source's texts those of its examples are, counted from 0 in the order in which the source has them.
+
+    Every row that is read counts, also one of which no example is made.
+
+    Attributes:
+        anchors: of each example.
+        positives: of each example, among the positives; or among the documents, where the source names them by id. Its
+            own comes first, then `Examples.more_positives`, then −1.
+        negatives: the same of the hard negatives.
+        counts: how many texts the source has, of "anchors" and of "positives" and "negatives", or of "documents".
+    """
+
+    anchors: Int[np.ndarray, " examples"]
+    positives: Int[np.ndarray, "examples positives"]
+    negatives: Int[np.ndarray, "examples columns"]
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,8 @@ class Examples:
         recognised: the format, where it was recognised.
         scores: column 0 is of the positive, the others of the negatives, NaN where there is none. Graded pairs have
             column 0 alone, their grade.
+        rows: where the texts stand in the source; None where it has no order that its author knows.
+        more_positives: further positives of queries that are one example with all of them; None = there are none.
     """
 
     name: str
@@ -56,6 +79,8 @@ class Examples:
     fingerprint: str
     recognised: str = ""
     scores: Float[np.ndarray, "examples columns"] | None = field(default=None, compare=False)
+    rows: TextRows | None = field(default=None, compare=False, repr=False)
+    more_positives: PickedRows | None = None
 
     def __len__(self) -> int:
         return len(self.anchors)
@@ -145,10 +170,11 @@ def read_jsonl(
 
     for where, (texts, grade) in _read(file, name, read, kept.dropped, split, bad_rows):
         query, document, *others = texts
+        rows = kept.counted(1, len(others))
         if not all(text.strip() for text in texts):
             kept.dropped[EMPTY_TEXT] += 1
         else:
-            kept.add(where, query, document, tuple(others), grade)
+            kept.add(where, query, document, tuple(others), grade, (rows[0], rows[1], range(rows[2], kept.read[2])))
     return kept.examples(name, file_fingerprint(file, name, options), "")
 
 
@@ -220,6 +246,7 @@ def read_rows(
         )
         fingerprint = file_fingerprint(file, name, [*options, store.fingerprint])
         return _named_examples(items, store, kept, name, fingerprint, how.described, bad_rows)
+    kept.ordered = how.kind in ("pairs", "graded")
     if how.kind == "labels":
         options += [str(label_negatives), str(seed)]
         try:
@@ -276,6 +303,10 @@ def _read(
         yield f"{file.name}:{place}", item
 
 
+_Places = tuple[int, int, Sequence[int]]
+"""The number of an anchor, of its positive, of each negative."""
+
+
 @dataclass
 class _Kept:
     """Pairs as they come in, without those that teach nothing."""
@@ -291,9 +322,26 @@ class _Kept:
     ids: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     seen: set[tuple[str, ...]] = field(default_factory=set)
+    ordered: bool = True
+    """Whether texts come in the order in which the file has them."""
+    read: tuple[int, int, int] = (0, 0, 0)
+    """Anchors, positives and negatives of all rows so far."""
+    rows: list[_Places] = field(default_factory=list)
+
+    def counted(self, positives: int, negatives: int) -> tuple[int, int, int]:
+        """The numbers of a row's anchor, first positive and first negative."""
+        first = self.read
+        self.read = first[0] + 1, first[1] + positives, first[2] + negatives
+        return first
 
     def add(
-        self, where: str, anchor: str, positive: str, negatives: tuple[str, ...], scores: Sequence[float] = ()
+        self,
+        where: str,
+        anchor: str,
+        positive: str,
+        negatives: tuple[str, ...],
+        scores: Sequence[float],
+        rows: _Places,
     ) -> None:
         pair = (anchor, positive, *negatives) if self.by_negatives else (anchor, positive)
         if not (anchor.strip() and positive.strip()):
@@ -309,8 +357,10 @@ class _Kept:
             self.negatives.append(negatives)
             self.scores.append(scores)
             self.ids.append(where)
+            self.rows.append(rows)
 
     def add_group(self, where: str, group: Group) -> None:
+        anchor, first, first_negative = self.counted(len(group.positives), len(group.negatives))
         if not group.positives:
             self.dropped[NO_POSITIVE] += 1
             return
@@ -326,7 +376,8 @@ class _Kept:
         negatives = tuple(group.negatives[place - len(group.positives)] for place in places)
         for own, positive in enumerate(group.positives):
             scores = [group.scores[place] for place in (own, *places)] if group.scores else ()
-            self.add(where, group.anchor, positive, negatives, scores)
+            rows = anchor, first + own, [first_negative + place - len(group.positives) for place in places]
+            self.add(where, group.anchor, positive, negatives, scores, rows)
 
     def examples(self, name: str, fingerprint: str, recognised: str) -> Examples:
         if not self.anchors:
@@ -341,7 +392,16 @@ class _Kept:
             fingerprint,
             recognised,
             _matrix(self.scores),
+            self._text_rows() if self.ordered else None,
         )
+
+    def _text_rows(self) -> TextRows:
+        anchors, positives, negatives = zip(*self.rows)
+        matrix = np.full((len(negatives), max(map(len, negatives))), -1, np.int64)
+        for row, places in zip(matrix, negatives):
+            row[: len(places)] = places
+        counts: Mapping[str, int] = dict(zip(("anchors", "positives", "negatives"), self.read))
+        return TextRows(np.array(anchors, np.int64), np.array(positives, np.int64)[:, None], matrix, counts)
 
     def nothing(self) -> InputError:
         return InputError(
@@ -371,12 +431,12 @@ def _named_examples(
 ) -> Examples:
     """Pairs whose documents are rows of a store."""
     blank = set(store.blank.tolist())
-    anchors, ids = [], []
+    anchors, ids, places, read = [], [], [], 0
     positives: list[int] = []
     negatives: list[np.ndarray] = []
     dropped = kept.dropped
     seen: set[tuple[str, int]] = set()
-    for where, group in items:
+    for read, (where, group) in enumerate(items, 1):
         named = [*group.positives, *group.negatives]
         rows = store.rows_of(named)
         if (rows < 0).any():
@@ -408,18 +468,21 @@ def _named_examples(
                 positives.append(row)
                 negatives.append(others)
                 ids.append(where)
+                places.append(read - 1)
     if not anchors:
         raise kept.nothing()
     matrix = np.full((len(anchors), max(map(len, negatives))), -1, np.int32 if len(store) < 2**31 else np.int64)
     for place, others in enumerate(negatives):
         matrix[place, : len(others)] = others
+    found = np.array(positives, np.int64)
     return Examples(
         name,
         anchors,
-        Picked(store, np.array(positives, np.int64)),
+        Picked(store, found),
         PickedRows(store, matrix),
         ids,
         dict(dropped),
         fingerprint,
         recognised,
+        rows=TextRows(np.array(places, np.int64), found[:, None], matrix, {"anchors": read, "documents": len(store)}),
     )

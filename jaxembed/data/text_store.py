@@ -27,18 +27,8 @@ from jaxtyping import Bool, Int, Int64, UInt8, UInt64
 from tqdm import tqdm
 
 from jaxembed.data.cache import built_once, text_hash
-from jaxembed.data.formats import id_text, title_and_text
-from jaxembed.data.rows import (
-    SKIP_REMEDY,
-    Row,
-    checked_text,
-    file_fingerprint,
-    keys_of,
-    kind_of,
-    numbered_fields,
-    numbered_rows,
-    text_at,
-)
+from jaxembed.data.id_texts import id_texts, text_columns
+from jaxembed.data.rows import SKIP_REMEDY, file_fingerprint
 from jaxembed.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -47,10 +37,7 @@ _FORMAT = 1
 _BLOCK = 1 << 16
 _READ = 1 << 12  # texts read together
 
-CORPUS_KEYS = (("_id", "docid", "doc_id", "document_id", "pid", "id"), ("text", "document_text", "contents", "passage"))
-"""Keys of a document's id and text, the first that a file has; its title is "title"."""
 CORPUS_FILES = ("corpus.jsonl", "corpus.tsv", "corpus.csv", "corpus.parquet", "collection.tsv")
-QUERY_KEYS = (("_id", "query_id", "query-id", "qid", "id"), ("text", "query", "query_text", "question"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,13 +208,10 @@ def store_of_file(
 ) -> TextStore:
     """The store of a file of texts with ids; built once for each state of the file.
 
-    JSON lines, Parquet, CSV, or TSV with a header have columns for id, text and perhaps title, which is put before the
-    text; TSV without a header has the columns id, text or id, title, text (`collection.tsv` of MS MARCO).
-
     Args:
         path: the file.
         name: of the data source.
-        keys: the names of the id's column and of the text's, of each the first that the file has.
+        keys: as in `text_columns`, where the kinds of files are named.
         directory: local folder of the caches.
         bad_rows: what a row that cannot be read leads to, and an id that stands there twice.
 
@@ -237,7 +221,8 @@ def store_of_file(
     fingerprint = file_fingerprint(path, name, ["text store", str(_FORMAT), *keys[0], *keys[1]])
 
     def texts() -> Iterator[tuple[str, str] | None]:
-        for number, found in _id_texts(path, name, keys):
+        columns = text_columns(path, name, keys)
+        for number, found in id_texts(path, name, columns):
             if not isinstance(found, InputError):
                 yield found
             elif bad_rows == "error":
@@ -285,50 +270,6 @@ def _built(
     folder = hashlib.sha256(f"{_FORMAT} {fingerprint}".encode()).hexdigest()[:32]
     final = Path(directory).expanduser() / "stores" / folder
     return built_once(final, opened, lambda at: _write(at, texts(), name, bad_rows), "text store")
-
-
-def _id_texts(
-    path: epath.Path, name: str, keys: tuple[Sequence[str], Sequence[str]]
-) -> Iterator[tuple[int, tuple[str, str] | InputError]]:
-    if kind_of(path) == "tsv" and not _has_header(path, name, keys[0]):
-        for number, fields in numbered_fields(path, name):
-            if isinstance(fields, InputError):
-                yield number, fields
-            elif len(fields) not in (2, 3):
-                yield number, InputError(f"expected the columns id, text or id, title, text, found {len(fields)}")
-            else:
-                yield number, (fields[0], title_and_text(fields[1] if len(fields) == 3 else "", fields[-1]))
-        return
-    columns = None
-    for number, row in numbered_rows(path, name):
-        if isinstance(row, InputError):
-            yield number, row
-            continue
-        if columns is None:
-            columns = [next((key for key in some if key in row), None) for some in keys]
-            if None in columns:
-                expected = " and ".join(" or ".join(map(repr, some)) for some in keys)
-                raise InputError(f"{path}:{number}: expected the keys {expected}, found {keys_of(row)}")
-        id_key, text_key = columns
-        assert id_key is not None
-        assert text_key is not None
-        try:
-            yield number, _id_and_text(row, id_key, text_key)
-        except InputError as error:
-            yield number, error
-
-
-def _id_and_text(row: Row, id_key: str, text_key: str) -> tuple[str, str]:
-    if id_key not in row:
-        raise InputError(f"no column {id_key!r}; columns of this row: {keys_of(row)}")
-    title = row.get("title")
-    title = "" if title is None else checked_text(title, "column 'title'")
-    return id_text(row[id_key], f"column {id_key!r}"), title_and_text(title, text_at(row, text_key))
-
-
-def _has_header(path: epath.Path, name: str, id_keys: Sequence[str]) -> bool:
-    first = next((fields for _, fields in numbered_fields(path, name)), [])
-    return not isinstance(first, InputError) and bool(set(first) & set(id_keys))
 
 
 def _write(

@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import Int
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jaxembed.data.sources import DUPLICATE, EMPTY_TEXT, SAME_TEXT, Examples
+from jaxembed.data.sources import DUPLICATE, EMPTY_TEXT, SAME_TEXT, Examples, TextRows
 from jaxembed.data.text_store import Picked, PickedRows
 from jaxembed.datasets.all_nli import AllNli
 from jaxembed.datasets.ms_marco import MsMarco
@@ -141,8 +141,8 @@ def read_prepared(
 ) -> Examples:
     """The examples of a prepared data set; texts of passages stay on the disk.
 
-    Of MS MARCO each training query is one example with its first positive, and all its hard negatives in the order in
-    which they were prepared.
+    Of MS MARCO each training query is one example with its first positive, the others as `more_positives`, and all its
+    hard negatives in the order in which they were prepared.
 
     Args:
         dataset: one of `DATASETS`.
@@ -174,11 +174,13 @@ def _ms_marco_examples(builders: Sequence[Any], name: str, split: str) -> Exampl
     passages, queries = builders
     store = PreparedTexts(_open_source(passages, "train", name), "text", _fingerprint(passages, "train"))
     anchors, ids = [], []
-    positives, negatives, counts = array.array("i"), array.array("i"), array.array("i")
+    positives, more, negatives, counts, numbers = (array.array("i") for _ in range(5))
+    several = array.array("i")
+    source = _open_source(queries, split, name)
     dropped: Counter[str] = Counter(queries.info.metadata.get("dropped", {}) if split == "train" else {})
     seen: set[tuple[str, int]] = set()
-    for row in _rows(_open_source(queries, split, name)):
-        query, positive = _text(row["query"]), row["positive_ids"].int64_list.value[0]
+    for number, row in enumerate(_rows(source)):
+        query, (positive, *others) = _text(row["query"]), row["positive_ids"].int64_list.value
         if not query.strip():
             dropped[EMPTY_TEXT] += 1
         elif (query, positive) in seen:
@@ -188,30 +190,44 @@ def _ms_marco_examples(builders: Sequence[Any], name: str, split: str) -> Exampl
             anchors.append(query)
             ids.append(f"ms_marco:{row['query_id'].int64_list.value[0]}")
             positives.append(positive)
+            numbers.append(number)
+            more.extend(others)
+            several.append(len(others))
             negatives.extend(row["negative_ids"].int64_list.value)
             counts.append(len(row["negative_ids"].int64_list.value))
-    lengths = np.asarray(counts, np.int32)
-    table = np.full((len(lengths), lengths.max(initial=0)), -1, np.int32)
-    table[np.arange(table.shape[1]) < lengths[:, None]] = negatives
+    table, others = _ragged(counts, negatives), _ragged(several, more)
     fingerprint = _digest(store.fingerprint, _fingerprint(queries, split))
+    first = np.asarray(positives, np.int32)
+    every = np.concatenate([first[:, None], others], axis=1)
     return Examples(
         name,
         anchors,
-        Picked(store, np.asarray(positives, np.int64)),  # pyright: ignore[reportArgumentType] (texts by row too)
+        Picked(store, first),  # pyright: ignore[reportArgumentType] (texts by row too)
         PickedRows(store, table),  # pyright: ignore[reportArgumentType]
         ids,
         dict(dropped),
         fingerprint,
         recognised="MS MARCO with hard negatives",
+        rows=TextRows(np.asarray(numbers, np.int64), every, table, {"anchors": len(source), "documents": len(store)}),
+        more_positives=PickedRows(store, others) if others.shape[1] else None,  # pyright: ignore[reportArgumentType]
     )
+
+
+def _ragged(lengths: Sequence[int], values: Sequence[int]) -> Int[np.ndarray, "rows columns"]:
+    """Rows of these lengths, −1 at their ends."""
+    counts = np.asarray(lengths, np.int32)
+    table = np.full((len(counts), counts.max(initial=0)), -1, np.int32)
+    table[np.arange(table.shape[1]) < counts[:, None]] = values
+    return table
 
 
 def _all_nli_examples(builders: Sequence[Any], name: str, split: str) -> Examples:
     (builder,) = builders
+    source = _open_source(builder, split, name)
     kept: dict[tuple[str, str], tuple[str, int]] = {}
     dropped: Counter[str] = Counter()
     sentences: dict[str, str] = {}  # most come several times
-    for number, row in enumerate(_rows(_open_source(builder, split, name))):
+    for number, row in enumerate(_rows(source)):
         texts = (
             sentences.setdefault(text, text) for text in (_text(row[key]) for key in ("anchor", "positive", "negative"))
         )
@@ -224,6 +240,7 @@ def _all_nli_examples(builders: Sequence[Any], name: str, split: str) -> Example
             dropped[DUPLICATE] += 1
         else:
             kept[anchor, positive] = negative, number
+    rows = np.array([number for _, number in kept.values()], np.int64)
     return Examples(
         name,
         [anchor for anchor, _ in kept],
@@ -233,6 +250,9 @@ def _all_nli_examples(builders: Sequence[Any], name: str, split: str) -> Example
         dict(dropped),
         _fingerprint(builder, split),
         recognised="AllNLI triples",
+        rows=TextRows(
+            rows, rows[:, None], rows[:, None], dict.fromkeys(("anchors", "positives", "negatives"), len(source))
+        ),
     )
 
 

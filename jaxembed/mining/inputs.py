@@ -11,9 +11,10 @@ from jaxtyping import Int
 
 from jaxembed.data.beir import read_beir
 from jaxembed.data.formats import recognise
+from jaxembed.data.id_texts import CORPUS_KEYS
 from jaxembed.data.rows import numbered_rows
 from jaxembed.data.sources import Examples, read_jsonl, read_rows, summary
-from jaxembed.data.text_store import CORPUS_KEYS, Picked, TextStore, find_corpus, store_of_file
+from jaxembed.data.text_store import Picked, TextStore, find_corpus, store_of_file
 from jaxembed.errors import InputError
 from jaxembed.mining.task import Collection, Joined, Task, make_task
 

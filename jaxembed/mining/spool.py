@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from tqdm import tqdm
 
+from jaxembed.data.files import new_file
 from jaxembed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -118,9 +119,8 @@ def _done(file: Path, record: Path, key: Mapping[str, Any], row_bytes: int) -> i
 
 
 def _write_record(record: Path, key: Mapping[str, Any], done: int) -> None:
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"done": done, "key": key}, indent=1), encoding="utf-8")
-    os.replace(temporary, record)
+    with new_file(record) as file:
+        file.write(json.dumps({"done": done, "key": key}, indent=1).encode())
 
 
 def _check_finite(vectors: Float32[np.ndarray, "some dim"], texts: Sequence[str], start: int) -> None:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 from tqdm import tqdm
 
+from jaxembed.data.files import new_file
 from jaxembed.errors import InputError
 from jaxembed.mining.task import Ragged, Task
 
@@ -160,20 +160,17 @@ def write_mined(
     Raises:
         InputError: the file cannot be written.
     """
-    temporary, rows = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
+    rows = 0
     try:
-        with open(temporary, "wb") as file, _packed(file, path.suffix == ".gz") as out:
+        with new_file(path) as file, _packed(file, path.suffix == ".gz") as out:
             for query in tqdm(range(len(mined.task.queries)), unit="query", desc="write", disable=not progress):
                 if only_full and (mined.negatives[query] < 0).any():
                     continue
                 for row in FORMATS[to](mined, query, scores):
                     out.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
                     rows += 1
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return rows
 
 

@@ -23,12 +23,20 @@ from jaxembed.ops.norms import layer_norm
 from jaxembed.ops.pooling import take_positions
 from jaxembed.sharding import Alone, Hooks
 
+
+def _all_but_moved(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in ("all_gather", "slice", "squeeze", "reshape", "transpose")
+
+
 LAYER_CHECKPOINTS: Mapping[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": _all_but_moved,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What a layer keeps for its backward pass, by name: everything, results of matrix products with weights, its input."""
+"""What a layer keeps for its backward pass, by name: everything, results of matrix products with weights, its input.
+
+By none of them weights that were gathered, or cut out of these: those of all layers are the whole model, on each chip.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,13 +203,16 @@ class Layer(nnx.Module):
         slopes: Float[Array, " heads"],
         hooks: Hooks,
         positions: Int[Array, "rows slots"] | None = None,
+        attention_kernel: str = "plain",
     ) -> Float[Array, "rows queries dim"]:
         """The stream after this layer: at every position, or at `positions` alone, to the same values."""
         a = self.attention_norm(x)
         queried = a
         if positions is not None:
             queried, x = take_positions(a, positions), take_positions(x, positions)
-        context = attention(*self.qkv(queried, a, hooks), segments, slopes, positions, causal=self.causal)
+        context = attention(
+            *self.qkv(queried, a, hooks), segments, slopes, positions, causal=self.causal, kernel=attention_kernel
+        )
         x = (queried if self.residual_after_norm else x) + self.out(context, hooks)
         m = self.mlp_norm(x)
         hidden = jax.nn.gelu(self.up(m, hooks), approximate=True)
@@ -237,6 +248,7 @@ class Bloom(nnx.Module):
         dtype: Any = jnp.float32,
         hooks: Hooks = Alone(),  # noqa: B008 (a frozen value)
         layer_checkpoint: str = "none",
+        attention_kernel: str = "plain",
     ) -> Float[Array, "rows queries dim"]:
         """Final hidden states, float32: at every position of every row, or at `positions` of each (−1 = empty slot).
 
@@ -244,11 +256,14 @@ class Bloom(nnx.Module):
             segments: 1, 2, … for the texts of a row, 0 for padding, on whichever side.
             dtype: of activations and of the weights in products.
             layer_checkpoint: a key of `LAYER_CHECKPOINTS`.
+            attention_kernel: one of `ops.attention.KERNELS`.
         """
         slopes = jnp.asarray(alibi_slopes(self.config.heads))
         x = self._embedded(tokens, dtype, hooks)
-        x, _ = self._stacked_layers(x, segments, slopes, hooks, layer_checkpoint=layer_checkpoint)
-        x = self.last_layer(x, segments, slopes, hooks, positions)
+        x, _ = self._stacked_layers(
+            x, segments, slopes, hooks, layer_checkpoint=layer_checkpoint, attention_kernel=attention_kernel
+        )
+        x = self.last_layer(x, segments, slopes, hooks, positions, attention_kernel)
         return self.final_norm(x.astype(jnp.float32))
 
     def layer_states(
@@ -284,6 +299,7 @@ class Bloom(nnx.Module):
         hooks: Hooks,
         *,
         layer_checkpoint: str = "none",
+        attention_kernel: str = "plain",
         keep: bool = False,
     ) -> tuple[Float[Array, "rows length dim"], Float[Array, "stacked rows length dim"] | None]:
         """The stream after all layers but the last and, with `keep`, after each of them."""
@@ -291,11 +307,10 @@ class Bloom(nnx.Module):
             return x, None
 
         def body(x: Array, layer: Layer) -> tuple[Array, Array | None]:
-            x = layer(x, segments, slopes, hooks)
+            x = layer(x, segments, slopes, hooks, attention_kernel=attention_kernel)
             return x, x if keep else None
 
-        if layer_checkpoint != "none":
-            body = jax.checkpoint(body, policy=LAYER_CHECKPOINTS[layer_checkpoint])
+        body = jax.checkpoint(body, policy=LAYER_CHECKPOINTS[layer_checkpoint], prevent_cse=False)
         x, between = jax.lax.scan(body, x, self.layers)
         if self.upper_layers is None:
             return x, between

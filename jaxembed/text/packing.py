@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Sequence
 
@@ -77,6 +78,20 @@ def best_fit_rows(lengths: Int[np.ndarray, " texts"], row_length: int, slots: in
     return rows
 
 
+def deal_rows(rows: Sequence[list[int]], chips: int, most: int) -> list[list[list[int]]]:
+    """The rows of each chip, at most `most`, so that all hold about as many texts: the fullest row first, each to the
+    chip with the fewest texts so far (Graham's longest processing time, SIAM J. Appl. Math. 17, 1969).
+    """
+    dealt: list[list[list[int]]] = [[] for _ in range(chips)]
+    loads = [(0, chip) for chip in range(chips)]
+    for row in sorted(rows, key=len, reverse=True):
+        texts, chip = heapq.heappop(loads)
+        dealt[chip].append(row)
+        if len(dealt[chip]) < most:
+            heapq.heappush(loads, (texts + len(row), chip))
+    return dealt
+
+
 def fill_rows(
     texts: Sequence[Int[np.ndarray, " _"]],
     members: Sequence[Sequence[int]],
@@ -108,8 +123,10 @@ def fill_rows(
     return Rows(tokens, segments, first, last, which)
 
 
-def call_shapes(max_length: int, tokens: int) -> tuple[RowShape, ...]:
-    """The shapes of encoding: at most five of about `tokens` tokens, and a small one for a single query.
+def call_shapes(max_length: int, tokens: int, chips: int = 1) -> tuple[RowShape, ...]:
+    """The shapes of encoding: at most five of about `tokens` tokens a chip, and a small one for a single query.
+
+    Rows are a multiple of `chips`, which share them.
 
     Between a whole and a half row lies one of three quarters (and so below), which keeps texts of just over half a row
     from wasting the rest: of the sets tried, these lengths left least padding on sentences, functions and passages.
@@ -117,8 +134,8 @@ def call_shapes(max_length: int, tokens: int) -> tuple[RowShape, ...]:
     shares = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 8) if max_length <= 1024 else (1, 1 / 2, 1 / 4, 1 / 8, 1 / 32)
     lengths = dict.fromkeys(16 * math.ceil(share * max_length / 16) for share in shares)
     query = min(64, max(lengths))
-    shapes = [RowShape(length, max(1, tokens // length), slots_of(length)) for length in lengths]
-    return tuple(dict.fromkeys([*shapes, RowShape(query, 1, slots_of(query))]))
+    shapes = [RowShape(length, chips * max(1, tokens // length), slots_of(length)) for length in lengths]
+    return tuple(dict.fromkeys([*shapes, RowShape(query, chips, slots_of(query))]))
 
 
 def plan_calls(

@@ -44,6 +44,8 @@ class Batch:
     """The same numbers of documents that are positives of the query in other examples of the data, −1 for none."""
     scores: Float[Array, "queries columns"]
     """Grade of a pair in column 0, or a teacher's scores of positive and negatives; NaN where there is none."""
+    teacher: Float[Array, "queries texts dim"]
+    """A teacher's embeddings of query, positive and negatives, NaN for those without; a chip has those of its part."""
     data_set: Int[Array, " queries"]
     """Number of the data set each query comes from; a chip has its part."""
     data_sets: Int[Array, " queries"]
@@ -68,6 +70,7 @@ BATCH_SPECS = Batch(
     candidate_codes=_WHOLE,
     known=_WHOLE,
     scores=_WHOLE,
+    teacher=_SPLIT,
     data_set=_SPLIT,
     data_sets=_WHOLE,
 )

@@ -9,10 +9,12 @@ from etils import epath
 from jaxembed.config import TrainConfig
 from jaxembed.data.plan import DataSet, Mixing, run_plan
 from jaxembed.data.sources import Examples
+from jaxembed.data.teacher import TeacherEmbeddings
 from jaxembed.text.format import RoleName
 from jaxembed.text.tokenizer import TextTokenizer
+from jaxembed.training.prepare import model_dim, open_teachers
 from jaxembed.training.step import warmup_steps
-from jaxembed.training.texts import prepare_tokenizer, read_sources, source_tokenizer, train_token_ids
+from jaxembed.training.texts import prepare_tokenizer, read_sources, rotates, source_tokenizer, train_token_ids
 
 _SAMPLED = 256
 _WIDTH = 160  # characters of a shown text
@@ -30,6 +32,9 @@ def check(config: TrainConfig) -> str:
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = prepare_tokenizer(config, sources, epath.Path(directory))
     train_token_ids(config.training, tokenizer)
+    teachers: Sequence[TeacherEmbeddings | None] = [None] * len(sources)
+    if any(section.teacher_embeddings for section in config.data.train):
+        teachers = open_teachers(config.data.train, sources, model_dim(config))
     schedule = run_plan(
         [
             DataSet(source.name, np.arange(len(source))[:, None], section.weight)
@@ -46,8 +51,13 @@ def check(config: TrainConfig) -> str:
     ends = np.cumsum([len(source) for source in sources])
     drawn = np.bincount(np.searchsorted(ends, schedule.epoch(0).order.ravel(), side="right"), minlength=len(sources))
     lines = []
-    for source, section, count in zip(sources, config.data.train, drawn.tolist()):
-        lines += [_drawn(source, count), *_sample(source, *source_tokenizer(tokenizer, section, source)), ""]
+    for source, section, teacher, count in zip(sources, config.data.train, teachers, drawn.tolist()):
+        lines += [_drawn(source, count), *_sample(source, *source_tokenizer(tokenizer, section, source))]
+        if rotates(section, source):
+            lines.append("  each pass takes the next ones of the hard negatives, where a query has more than are taken")
+        if teacher is not None:
+            lines.append(f"  {teacher}")
+        lines.append("")
     lines.append(
         f"{schedule.steps:,} steps of {config.training.batch_size:,} pairs, {schedule.steps_per_epoch:,} an epoch, "
         f"{warmup_steps(config.optimizer, schedule.steps):,} of them warm-up; nothing was trained, nothing written"

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jaxembed.models.bloom import LAYER_CHECKPOINTS
 from jaxembed.models.pooled import pooled_states
 from jaxembed.ops.norms import unit_norm
-from jaxembed.sharding import BATCH_AXES, Chips, Hooks, partition_specs
+from jaxembed.sharding import BATCH_AXES, Chips, Hooks, manual, partition_specs
 from jaxembed.training.batch import BATCH_SPECS, Batch
 from jaxembed.training.objective import LossOptions, batch_losses
 
@@ -48,6 +48,7 @@ def embed_rows(
     vectors = pooled_states(
         model, tokens, segments, first, last, options.pooling,
         dtype=options.dtype, hooks=hooks, layer_checkpoint=options.layer_checkpoint,
+        attention_kernel=options.attention_kernel,
     )  # fmt: skip
     return unit_norm(vectors)
 
@@ -62,13 +63,19 @@ def local_loss(
 
     def loss(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[Array, Array]:
         trainable, log_temperature = without_temperature(trainable)
-        model = nnx.merge(graph, trainable, frozen)
+        chunks = batch.tokens.shape[0]
+        recomputed = options.chunk_checkpoint != "none" and chunks > 1
 
         def embed(chunk: tuple[Array, Array, Array, Array]) -> Array:
-            return embed_rows(model, *chunk, options, hooks)
+            here = trainable, frozen
+            if recomputed or chunks == 1:
+                # Bound to the chunk; JAX would gather the weights of all layers before the loop, and keep them. Each
+                # part by itself: together both would be differentiated.
+                here = tuple(jax.lax.optimization_barrier((part, chunk))[0] for part in here)
+            return embed_rows(nnx.merge(graph, *here), *chunk, options, hooks)
 
-        if options.chunk_checkpoint != "none" and batch.tokens.shape[0] > 1:
-            embed = jax.checkpoint(embed, policy=LAYER_CHECKPOINTS[options.chunk_checkpoint])
+        if recomputed:
+            embed = jax.checkpoint(embed, policy=LAYER_CHECKPOINTS[options.chunk_checkpoint], prevent_cse=False)
         embedded = jax.lax.map(embed, (batch.tokens, batch.segments, batch.first, batch.last))
         everyone = hooks.everyone(embedded.reshape(-1, embedded.shape[-1])[batch.pick])
         losses = batch_losses(everyone, batch, options, log_temperature)
@@ -77,15 +84,6 @@ def local_loss(
         return losses.sum() / queries, by_data_set
 
     return loss
-
-
-def manual(specs: Any) -> Any:
-    """The specs without `tensor`, which stays in the compiler's hands inside the `shard_map`."""
-
-    def keep(spec: PartitionSpec) -> PartitionSpec:
-        return PartitionSpec(*(axis if axis in BATCH_AXES else None for axis in spec))
-
-    return jax.tree.map(keep, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def missing_axes(spec: PartitionSpec) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +16,9 @@ from flax import nnx
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from jaxembed import hosts
 from jaxembed.checkpoint.export import refuse_existing
+from jaxembed.checkpoint.hub import find_directory
 from jaxembed.checkpoint.huggingface import weights_hash
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.checkpoint.pretrained import Decoder, merged_decoder
@@ -25,7 +28,10 @@ from jaxembed.data.sources import Examples
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
 from jaxembed.evaluation.dev_set import DevSet, GradedSet, Reading, dev_set
-from jaxembed.sharding import make_mesh
+from jaxembed.ops.attention import choose_kernel
+from jaxembed.sharding import compute_dtype, make_mesh
+from jaxembed.text.tokenizer import TextTokenizer
+from jaxembed.training.agreement import agree_on_base, agree_on_batches, agree_on_data, agree_on_start
 from jaxembed.training.filters import trains
 from jaxembed.training.gradient import with_temperature, without_temperature
 from jaxembed.training.metrics import MetricsWriter, StepLog
@@ -36,6 +42,7 @@ from jaxembed.training.prepare import (
     prepare_decoder,
     prepare_parts,
 )
+from jaxembed.training.profile import Profile
 from jaxembed.training.report import (
     CONFIG_FILE,
     RUN_FILE,
@@ -83,6 +90,8 @@ class Result:
 def run(config: TrainConfig, *, resume: bool = False) -> Result:
     """Trains as the config says, in its run directory.
 
+    On several hosts every process makes this call, within `hosts.together`.
+
     Raises:
         InputError: something in config, data, model or checkpoints cannot be used.
         TrainingError: loss or gradient is not finite any more.
@@ -97,7 +106,10 @@ def run(config: TrainConfig, *, resume: bool = False) -> Result:
         try:
             return _run(config, directory, resume, termination, progress)
         except Stopped:
-            logger.warning("%s", _stopped(directory, resume, termination.doing, progress))
+            text = _stopped(directory, resume, termination.doing, progress)
+            logger.warning("%s", text)
+            if not termination.agreed:
+                hosts.end_all(text)
             return Result(progress.done, False, None, progress.dev)
 
 
@@ -128,23 +140,35 @@ def _stopped(directory: epath.Path, resume: bool, doing: str, progress: _Progres
 def _run(
     config: TrainConfig, directory: epath.Path, resume: bool, termination: Termination, progress: _Progress
 ) -> Result:
-    refuse_existing(export_path(config), overwrite=True)
+    agree_on_start(config)
+    if hosts.is_main():
+        refuse_existing(export_path(config), overwrite=True)
+    hosts.check_shared(directory, "run_dir")
     if config.compile_cache and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    attention = partial(
+        choose_kernel,
+        config.model.attention_kernel,
+        list(mesh.devices.flat),
+        dtype=compute_dtype(config.model.compute_dtype),
+    )
+    attention()
     examples = read_sources(config.data.train, config.data)
     dev_sets = [
         dev_set(found, Reading(section.query_instruction, section.document_instruction, is_symmetric(section, found)))
         for section, found in zip(config.data.dev, read_sources(config.data.dev, config.data))
     ]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run_dir: cannot make the directory {directory}: {error}") from error
-    tokenizer = prepare_tokenizer(config, examples, directory / "tokenizer", resume=resume)
+    agree_on_data(examples, dev_sets)
+    tokenizer = _prepare_tokenizer(config, examples, directory / "tokenizer", resume)
+    if config.model.path is not None:
+        agree_on_base(find_directory(config.model.path))
     decoder = prepare_decoder(config, tokenizer, mesh, parameter_dtype(config))
     options = loss_options(config, examples, tokenizer.text_format, decoder.config.dim)
+    kernel = attention(head_dim=decoder.config.head_dim)
+    options = dataclasses.replace(options, attention_kernel=kernel)
     batches = prepare_batches(config, examples, tokenizer, mesh, decoder.config.dim)
+    agree_on_batches(batches)
     progress.steps = steps = len(batches)
 
     known_base = None if config.training.trainable == "full" else base_hash(decoder)
@@ -156,7 +180,7 @@ def _run(
     optimizer = make_optimizer(config.optimizer, steps)
     step = make_step(graph, trainable, frozen, optimizer, options, config.training.batch_size, mesh)
     state = initial_state(optimizer, trainable, mesh)
-    embedder = Embedder(decoder, tokenizer, dtype=config.model.compute_dtype)
+    embedder = Embedder(decoder, tokenizer, dtype=config.model.compute_dtype, mesh=mesh, attention_kernel=kernel)
 
     identity = {"plan": batches.schedule.hash, "base": config.model.path, "base_hash": known_base}
     with TrainingCheckpoints(directory / "checkpoints", config.checkpoint.keep) as checkpoints:
@@ -172,17 +196,19 @@ def _run(
         logger.info("%s", start_line(decoder, trainable, frozen, mesh, batches, options, start))
         with MetricsWriter(directory, tensorboard=config.logging.tensorboard, after_step=start) as metrics:
             termination.now("the first evaluation")
-            progress.dev = dev = _evaluate_before(config, directory, dev_sets, embedder, metrics)
+            progress.dev = dev = _evaluate_before(config, directory, dev_sets, embedder, metrics, termination)
             termination.now(_STEPS)
             with termination.noted():
                 state = _train(
                     config, step, state, frozen, batches, start, mesh, examples, checkpoints, metrics, identity,
-                    lambda done, state: _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done),
+                    lambda done, state: _evaluate(
+                        config, dev_sets, embedder, _merged(state, frozen), metrics, done, termination
+                    ),
                     termination, progress,
                 )  # fmt: skip
             done = progress.done
             termination.now("the last evaluation")
-            after = _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done)
+            after = _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done, termination)
             for name, values in after.items():
                 dev[name]["after"] = values
     termination.now("the export")
@@ -190,6 +216,16 @@ def _run(
     write_run_adapter(config, embedder)
     print_results(config, dev, dev_sets, embedder, model)
     return Result(done, True, model, dev)
+
+
+def _prepare_tokenizer(config: TrainConfig, examples: list[Examples], saved: epath.Path, resume: bool) -> TextTokenizer:
+    """Process 0's; the others read what it saved."""
+    if not hosts.is_main():
+        hosts.barrier("tokenizer")
+        return prepare_tokenizer(config, examples, saved, resume=True)
+    tokenizer = prepare_tokenizer(config, examples, saved, resume=resume)
+    hosts.barrier("tokenizer")
+    return tokenizer
 
 
 def restore(
@@ -234,7 +270,7 @@ def _train(
     steps, schedule = len(batches), learning_rate(config.optimizer, len(batches))
     every = config.checkpoint.every_steps
     log = StepLog(metrics, [found.name for found in examples], schedule)
-    profile = _Profile(config)
+    profile = Profile(config)
 
     def save(done: int) -> None:
         checkpoints.save(done, state, {**identity, "step": done})
@@ -242,13 +278,15 @@ def _train(
     def save_and_stop(done: int) -> NoReturn:
         save(done)
         checkpoints.wait()
-        progress.done = done
+        progress.done, termination.agreed = done, True
         raise Stopped
 
     with (
         profile,
         logging_redirect_tqdm(),
-        tqdm(total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True) as bar,
+        tqdm(
+            total=steps, initial=start, unit="step", desc="train", dynamic_ncols=True, disable=not hosts.is_main()
+        ) as bar,
     ):
         for done, fields in enumerate(iterate(batches, start), start + 1):
             profile.before(done)
@@ -256,7 +294,7 @@ def _train(
             log.add(done, fields, measured)
             _stop_if_not_finite(log.before_last, batches, examples, checkpoints)
             profile.after(done, state)
-            at_end, stop = done == steps, termination.came
+            at_end, stop = done == steps, termination.stop_after(done)
             evaluating = config.evaluation.every_steps and done % config.evaluation.every_steps == 0 and not at_end
             saving = at_end or stop or (every and done % every == 0)
             if done % config.logging.every_steps == 0 or saving or evaluating:
@@ -276,36 +314,6 @@ def _train(
     checkpoints.wait()
     progress.done = steps
     return state
-
-
-class _Profile:
-    """The trace of the steps that the config names, of as many as this run takes; a context manager."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._window = config.profile.window
-        self._directory = os.path.join(config.run_dir, "profile")
-        self._tracing = False
-
-    def before(self, done: int) -> None:
-        if self._window and self._window[0] <= done <= self._window[1] and not self._tracing:
-            jax.profiler.start_trace(self._directory)
-            self._tracing = True
-
-    def after(self, done: int, state: TrainState) -> None:
-        if self._tracing and self._window and done == self._window[1]:
-            jax.block_until_ready(state)
-            self._stop()
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self._tracing = False
-
-    def __enter__(self) -> "_Profile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._tracing:
-            self._stop()
 
 
 def _stop_if_not_finite(
@@ -341,7 +349,15 @@ def _merged_embedder(embedder: Embedder) -> Embedder:
     """The same model without parts of their own, as it is exported."""
     decoder = dataclasses.replace(embedder.decoder, model=embedder.model)
     merged = merged_decoder(decoder)
-    return embedder if merged is decoder else Embedder(merged, embedder.tokenizer, dtype=embedder.dtype.name)
+    if merged is decoder:
+        return embedder
+    return Embedder(
+        merged,
+        embedder.tokenizer,
+        dtype=embedder.dtype.name,
+        mesh=embedder.mesh,
+        attention_kernel=embedder.attention_kernel,
+    )
 
 
 def _evaluate(
@@ -351,10 +367,12 @@ def _evaluate(
     weights: nnx.State,
     metrics: MetricsWriter,
     done: int,
+    termination: Termination,
 ) -> dict[str, dict[str, float]]:
     embedder.replace_state(weights)
     found = {}
     for dev in dev_sets:
+        termination.check_all()
         found[dev.name] = dev.evaluate(
             embedder, temperature=config.loss.temperature, batch_size=config.evaluation.batch_size
         )
@@ -370,18 +388,22 @@ def _evaluate_before(
     dev_sets: list[DevSet | GradedSet],
     embedder: Embedder,
     metrics: MetricsWriter,
+    termination: Termination,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics at step 0 and of BM25; a resumed run reads what it found then."""
     path = directory / "dev_before.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    known = path.read_text() if hosts.is_main() and path.exists() else ""
+    if known := hosts.broadcast("dev_before.json", known):
+        return json.loads(known)
     dev: dict[str, dict[str, dict[str, float]]] = {found.name: {} for found in dev_sets}
     for found in dev_sets:
         if config.evaluation.bm25:
             dev[found.name] |= found.bm25()
-    for name, values in _evaluate(config, dev_sets, embedder, nnx.state(embedder.model), metrics, 0).items():
+    weights = nnx.state(embedder.model)
+    for name, values in _evaluate(config, dev_sets, embedder, weights, metrics, 0, termination).items():
         dev[name] = {"before": values, **dev[name]}
-    path.write_text(json.dumps(dev, indent=2))
+    if hosts.is_main():
+        path.write_text(json.dumps(dev, indent=2))
     return dev
 
 

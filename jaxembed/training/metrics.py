@@ -11,16 +11,22 @@ import jax
 import numpy as np
 from etils import epath
 
+from jaxembed import hosts
 from jaxembed.training.step import StepMetrics
 
 
 class MetricsWriter:
-    """Appends rows of numbers by step; a context manager.
+    """Appends rows of numbers by step; a context manager. Other processes than the main one write nothing.
 
     A resumed run repeats the steps after its checkpoint: their rows are taken out first.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, tensorboard: bool, after_step: int = 0) -> None:
+        self._file: Any = None
+        self._events: Any = None
+        self._main = hosts.is_main()
+        if not self._main:
+            return
         directory = epath.Path(directory)
         self._path = directory / "metrics.jsonl"
         kept = []
@@ -31,7 +37,6 @@ class MetricsWriter:
         self._kept = {_names(line) for line in kept}
         self._file = open(self._path, "a", buffering=1) if local else None  # noqa: SIM115 (closed on leaving)
         self._rows = kept
-        self._events: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -39,6 +44,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
         """One row; names become `prefix/name`. A row that is there already, of before a resumption, stays as it is."""
+        if not self._main:
+            return
         named = {f"{prefix}/{name}" if prefix else name: value for name, value in values.items()}
         line = json.dumps({"step": step, **named})
         if _names(line) in self._kept:
@@ -85,9 +92,9 @@ class StepLog:
         """One row of means since the last; its short form for the progress bar."""
         fetched = jax.device_get([measured for _, measured in self._since])
         seconds = time.perf_counter() - self._time
-        texts = sum(int((fields["last"] >= 0).sum()) for fields, _ in self._since)
-        tokens = sum(fields["tokens_used"] for fields, _ in self._since)
-        positions = sum(fields["tokens"].size for fields, _ in self._since)
+        texts, tokens, positions = (
+            sum(fields[name] for fields, _ in self._since) for name in ("texts_used", "tokens_used", "positions")
+        )
         values = {
             "loss": float(np.mean([m.loss for m in fetched])),
             "gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),

@@ -23,7 +23,7 @@ from jaxembed.training.losses import CandidateMask, RowMask
 class SetLoss:
     """The loss of the examples of one data set."""
 
-    kind: Literal["info_nce", "cosent", "kl", "margin_mse"] = "info_nce"
+    kind: Literal["info_nce", "cosent", "kl", "margin_mse", "embedding_cosine", "embedding_mse"] = "info_nce"
     weight: float = 1.0
     temperature: float | None = None
     """Of this kind; None: the run's for InfoNCE, .05 for CoSENT, 1 for KL."""
@@ -69,6 +69,8 @@ class LossOptions:
     chunk_checkpoint: str = "full"
     layer_checkpoint: str = "none"
     """Keys of `LAYER_CHECKPOINTS`: what a chunk, and a layer within it, keeps for the backward pass."""
+    attention_kernel: str = "plain"
+    """One of `ops.attention.KERNELS`."""
     data_sets: int = 1
     pooling: Pooling = "last"
     """The text format's."""
@@ -117,6 +119,8 @@ def _losses(everyone: Array, batch: Batch, options: LossOptions, log_temperature
         total += found * _of_set([each.contrastive_weight for each in sets], batch)
     if any(each.kind in ("kl", "margin_mse") for each in sets):
         total += _distillation(queries, documents, batch, sets)
+    if any(each.kind in ("embedding_cosine", "embedding_mse") for each in sets):
+        total += _embedding_distillation(queries, documents, batch, sets)
     for number, each in enumerate(sets):
         if each.kind == "cosent":  # grades of different sets are not compared
             grades = batch.scores[:, 0]
@@ -242,6 +246,27 @@ def _distillation(queries: Array, documents: Array, batch: Batch, sets: Sequence
             else:
                 found = losses.margin_mse(student, teacher, teacher_temperature)
             total += found * _of_set(weights, batch)
+    return total
+
+
+def _embedding_distillation(queries: Array, documents: Array, batch: Batch, sets: Sequence[SetLoss]) -> Array:
+    """Mean distance of each query's own texts from their teacher's embeddings, over those that have one.
+
+    Where all have one, the mean over queries is sentence-transformers' EmbedDistillLoss with "cosine" or "mse". The
+    teacher's vectors are cut to the student's dimensions and scaled to unit length, as the student's are.
+    """
+    number, count, dim = batch.positives, len(batch.data_sets), queries.shape[1]
+    own = documents.reshape(-1, count, dim)[:, number]
+    student = jnp.concatenate([queries[None], own]).swapaxes(0, 1).reshape(-1, dim)
+    teacher = batch.teacher[..., :dim]
+    there = jnp.isfinite(teacher[..., 0])
+    teacher = unit_norm(jnp.where(there[..., None], teacher, 1.0)).reshape(-1, dim)
+    total: Any = 0.0
+    for kind, distance in (("embedding_cosine", losses.distill_cosine), ("embedding_mse", losses.distill_mse)):
+        weights = [each.weight if each.kind == kind else 0.0 for each in sets]
+        if any(weights):
+            found = jnp.where(there, distance(student, teacher).reshape(there.shape), 0.0)
+            total += found.sum(1) / jnp.maximum(there.sum(1), 1) * _of_set(weights, batch)
     return total
 
 

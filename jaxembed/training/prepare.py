@@ -13,9 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from jaxembed import hosts
 from jaxembed.checkpoint.hub import find_directory
+from jaxembed.checkpoint.peft import base_config, base_directory
 from jaxembed.checkpoint.pretrained import Decoder, load_decoder, random_decoder
 from jaxembed.config import (
+    EMBEDDING_KINDS,
     SetLossConfig,
     Source,
     TrainConfig,
@@ -29,10 +32,11 @@ from jaxembed.data.loader import (
 )
 from jaxembed.data.plan import Mixing, run_plan
 from jaxembed.data.sources import Examples
+from jaxembed.data.teacher import TeacherEmbeddings, open_teacher
 from jaxembed.errors import InputError
-from jaxembed.models import FAMILIES, Family
+from jaxembed.models import FAMILIES, Family, family_of
 from jaxembed.models.pooled import check_pooling
-from jaxembed.sharding import compute_dtype, named_shardings, partition_specs
+from jaxembed.sharding import chips_of_process, compute_dtype, named_shardings, partition_specs
 from jaxembed.text.format import TextFormat
 from jaxembed.text.tokenizer import TextTokenizer
 from jaxembed.training.filters import with_parts
@@ -53,7 +57,9 @@ def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, d
     """
     if config.model.path is not None:
         directory = find_directory(config.model.path)
-        decoder = load_decoder(directory, dtype=dtype, mesh=mesh, attention=config.model.attention)
+        decoder = load_decoder(
+            directory, dtype=dtype, mesh=mesh, attention=config.model.attention, progress=hosts.is_main()
+        )
     else:
         decoder = random_decoder(*scratch_decoder(config, tokenizer), config.seed, mesh)
     check_pooling(tokenizer.text_format.pooling, decoder.config.causal)
@@ -71,7 +77,7 @@ def prepare_parts(config: TrainConfig, decoder: Decoder, tokenizer: TextTokenize
     if model is decoder.model:
         return decoder
     graph, state = nnx.split(model)
-    state = jax.device_put(state, named_shardings(partition_specs(state), mesh))
+    state = hosts.put_tree(state, named_shardings(partition_specs(state), mesh))
     return dataclasses.replace(decoder, model=nnx.merge(graph, state))
 
 
@@ -145,11 +151,12 @@ def _set_loss(config: TrainConfig, source: Source, examples: Examples, key: str)
     run, own = config.loss, source.loss or SetLossConfig()
     negatives = config.training.negatives != 0 and bool(examples.negative_counts.any())
     kind = own.kind or ("cosent" if examples.graded else "info_nce")
-    if kind != "info_nce" and examples.scores is None:
+    if kind in ("cosent", "kl", "margin_mse") and examples.scores is None:
         raise InputError(f"{key}.loss.kind: {kind} needs scores, and {examples.name} has none")
     if kind in ("kl", "margin_mse") and (examples.graded or not negatives):
         raise InputError(f"{key}.loss.kind: {kind} needs hard negatives with scores, and {examples.name} has none")
-    if not source.in_batch and kind != "cosent" and not negatives:
+    compares = kind != "cosent" and (kind not in EMBEDDING_KINDS or own.info_nce_weight)
+    if not source.in_batch and compares and not negatives:
         raise InputError(f"{key}.in_batch: false leaves a query its hard negatives, and {examples.name} has none")
 
     def of(name: str) -> Any:
@@ -172,8 +179,34 @@ def _set_loss(config: TrainConfig, source: Source, examples: Examples, key: str)
     )
 
 
+def model_dim(config: TrainConfig) -> int:
+    """Dimensions of the decoder that the config names, without reading its weights."""
+    if config.model.scratch is not None:
+        return config.model.scratch.dim
+    assert config.model.path is not None
+    directory = find_directory(config.model.path)
+    described = base_config(directory, base_directory(directory))
+    return family_of(described).config.from_huggingface(described).dim
+
+
+def open_teachers(
+    sources: Sequence[Source], examples: Sequence[Examples], dim: int
+) -> tuple[TeacherEmbeddings | None, ...]:
+    """The teacher's embeddings of the sources that have them; see `open_teacher`."""
+    found = []
+    for number, (source, own) in enumerate(zip(sources, examples)):
+        given = source.teacher_embeddings
+        if given is None:
+            found.append(None)
+            continue
+        files = given.model_dump(exclude={"truncate_dim"}, exclude_none=True)
+        key = f"data.train.{number}.teacher_embeddings"
+        found.append(open_teacher(files, own.rows, own.name, key, dim=dim, truncate_dim=given.truncate_dim))
+    return tuple(found)
+
+
 def _scores(examples: Sequence[Examples], columns: int) -> Float[np.ndarray, "examples columns"] | None:
-    """The scores of all examples, of as many documents as are read; None where no source has any."""
+    """The scores of all examples, of so many documents at most; None where no source has any."""
     if all(found.scores is None for found in examples):
         return None
     scores = np.full((sum(map(len, examples)), columns), np.nan, np.float32)
@@ -187,9 +220,17 @@ def _scores(examples: Sequence[Examples], columns: int) -> Float[np.ndarray, "ex
 
 
 def prepare_batches(
-    config: TrainConfig, examples: Sequence[Examples], tokenizer: TextTokenizer, mesh: Mesh, dim: int
+    config: TrainConfig,
+    examples: Sequence[Examples],
+    tokenizer: TextTokenizer,
+    mesh: Mesh,
+    dim: int,
+    platform: str | None = None,
 ) -> Batches:
     """Tokenises what is not in the cache, draws the plan, chooses the layout.
+
+    Args:
+        platform: of the devices; None: the default one's.
 
     Raises:
         InputError: fewer pairs than a batch, or a batch or row length that does not fit mesh and texts.
@@ -200,6 +241,7 @@ def prepare_batches(
             f"training.batch_size: {config.training.batch_size} is not a multiple of the {chips} devices "
             "that share the batch (mesh.data × mesh.fsdp)"
         )
+    teachers = open_teachers(config.data.train, examples, dim)
     table, data_sets = prepare_texts(config, examples, tokenizer)
     schedule = run_plan(
         data_sets,
@@ -224,13 +266,16 @@ def prepare_batches(
         lengths,
         chips=chips,
         dim=dim,
-        chunk_tokens=CHUNK_TOKENS.get(jax.default_backend(), CHUNK_TOKENS["gpu"]),
+        chunk_tokens=CHUNK_TOKENS.get(platform or jax.default_backend(), CHUNK_TOKENS["gpu"]),
     )
     layout = choose(row_length=config.training.row_length, chunk_rows=config.training.chunk_rows)
     if layout.density < DENSE:
         logger.warning("%s", _sparse(layout, choose, config.training.chunk_rows))
-    scores = _scores(examples, texts.shape[1] - 1)
-    return Batches(schedule, table, texts, which, layout, tokenizer.pad_id, scores)
+    rotations = tuple(data_set.rotation for data_set in data_sets)
+    widths = [0 if each is None else each.negatives.shape[1] for each in rotations]
+    scores = _scores(examples, 1 + max(texts.shape[1] - 2, *widths))
+    mine = chips_of_process(mesh) if hosts.count() > 1 else None
+    return Batches(schedule, table, texts, which, layout, tokenizer.pad_id, scores, rotations, teachers, mine)
 
 
 def _sparse(layout: RowLayout, choose: Callable[..., RowLayout], chunk_rows: int | None) -> str:

@@ -17,11 +17,12 @@ import jax
 from etils import epath
 from flax import nnx
 
+from jaxembed import hosts
 from jaxembed.checkpoint.export import write_description
 from jaxembed.checkpoint.model_card import model_card
 from jaxembed.checkpoint.peft import is_adapter, named_base, write_adapter
 from jaxembed.checkpoint.pretrained import Decoder
-from jaxembed.config import TrainConfig, dump_config
+from jaxembed.config import DistributedConfig, TrainConfig, dump_config
 from jaxembed.data.loader import Batches
 from jaxembed.data.sources import Examples, describe_dropped
 from jaxembed.embedder import Embedder
@@ -47,9 +48,12 @@ def start_line(
     layout, device = batches.layout, jax.devices()[0]
     rows = "/".join(str(chunks * layout.chunk_rows * layout.chips) for chunks in layout.chunks)
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    if hosts.count() > 1:
+        shape += f", {hosts.count()} processes"
     return (
         f"{decoder.huggingface_config['model_type']}, {decoder.config.layers} layers of {decoder.config.dim}: "
-        f"{count(trainable):,} parameters train, {count(frozen):,} are frozen, {options.dtype} computes; "
+        f"{count(trainable):,} parameters train, {count(frozen):,} are frozen, {options.dtype} computes, "
+        f"attention {options.attention_kernel}; "
         f"{jax.device_count()} × {device.device_kind} ({shape}); {batches.schedule.batch_size} pairs a step in {rows} "
         f"rows of {layout.row_length}, {layout.chunk_rows} rows a chunk, expected density {layout.density:.2f}, "
         f"{len(layout.chunks)} compiled step(s); "
@@ -58,6 +62,9 @@ def start_line(
 
 
 def write_run_files(directory: epath.Path, config: TrainConfig, batches: Batches) -> None:
+    """By process 0. What the config says of the processes is left out: a resumption may have others."""
+    if not hosts.is_main():
+        return
     about = {
         "command": sys.argv,
         "git": _git_revision(),
@@ -65,9 +72,11 @@ def write_run_files(directory: epath.Path, config: TrainConfig, batches: Batches
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [device.device_kind for device in jax.devices()],
+        "processes": hosts.count(),
         "versions": _versions(),
     }
     (directory / RUN_FILE).write_text(json.dumps(about, indent=2))
+    config = config.model_copy(update={"distributed": DistributedConfig()})
     (directory / CONFIG_FILE).write_text(dump_config(config))  # last: where it is, a run is
 
 
@@ -81,6 +90,7 @@ def write_model(
     examples: list[Examples],
     dev: dict[str, dict[str, dict[str, float]]],
 ) -> Path:
+    """Exports the model, with its card. Every process calls it, for each has a part of the weights."""
     path = export_path(config)
     card = model_card(
         name=path.name,
@@ -140,6 +150,8 @@ def write_run_adapter(config: TrainConfig, embedder: Embedder) -> None:
         remote = "://" in config.run_dir
         local = Path(scratch) / "adapter" if remote else Path(target)
         write_adapter(local, decoder, base, describe)
+        if not hosts.is_main():
+            return
         for file in local.rglob("*") if remote else ():
             if file.is_file():
                 place = target / file.relative_to(local).as_posix()
@@ -155,7 +167,11 @@ def print_results(
     embedder: Embedder,
     model: Path,
 ) -> None:
-    for found in dev_sets:
+    queries = config.evaluation.searches
+    searched = [found.search(embedder, queries) if queries and isinstance(found, DevSet) else [] for found in dev_sets]
+    if not hosts.is_main():
+        return
+    for found, hits_by_query in zip(dev_sets, searched):
         columns = dev[found.name]
         if isinstance(found, GradedSet):
             print(f"\n{found.name}: {len(found.grades):,} graded pairs")
@@ -166,9 +182,7 @@ def print_results(
         for column, values in columns.items():
             cells = (f"{values[name]:10.4f}" if name in values else " " * 10 for name in columns["after"])
             print(f"  {column:{width}}  " + "  ".join(cells))
-        if isinstance(found, GradedSet):
-            continue
-        for query, hits in zip(config.evaluation.searches, found.search(embedder, config.evaluation.searches)):
+        for query, hits in zip(queries, hits_by_query):
             print(f"\n  {query!r}")
             for score, source, text in hits:
                 print(f"    {score:.3f}  {source}  {' '.join(text.split())[:70]}")

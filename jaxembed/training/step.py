@@ -2,17 +2,20 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxembed import hosts
 from jaxembed.config import OptimizerConfig
+from jaxembed.data.loader import LOCAL_FIELDS
 from jaxembed.errors import InputError
 from jaxembed.sharding import named_shardings, partition_specs
 from jaxembed.training.filters import decays, is_matrix
@@ -158,9 +161,9 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: nnx.Stat
 def initial_state(optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh) -> TrainState:
     """The state before the first step, its moments made where they live."""
     shardings = state_shardings(optimizer, trainable, mesh)
+    trainable = hosts.put_tree(trainable, shardings.trainable)  # where all but a learned temperature is already
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
-    trainable = jax.device_put(trainable, shardings.trainable)  # where all but a learned temperature is already
-    return TrainState(trainable, moments, jax.device_put(jnp.zeros((), jnp.int32), shardings.step))
+    return TrainState(trainable, moments, hosts.put(np.zeros((), np.int32), shardings.step))
 
 
 def make_step(
@@ -185,7 +188,8 @@ def make_step(
         return TrainState(updated, moments, state.step + 1), metrics
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(optimizer, trainable, mesh), everywhere))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(optimizer, trainable, mesh), everywhere))
+    return hosts.compiled_together(jitted)
 
 
 def _bounded(trainable: nnx.State, least: float) -> tuple[nnx.State, Float[Array, ""] | None]:
@@ -199,6 +203,31 @@ def _bounded(trainable: nnx.State, least: float) -> tuple[nnx.State, Float[Array
 
 
 def put_batch(fields: dict[str, Any], mesh: Mesh) -> Batch:
-    """A numpy batch on the devices that need it."""
+    """A numpy batch, as `pack_batch` makes it, on the devices that need it."""
     names = [field.name for field in dataclasses.fields(Batch)]
-    return jax.device_put(Batch(**{name: fields[name] for name in names}), named_shardings(BATCH_SPECS, mesh))
+    shardings = named_shardings(BATCH_SPECS, mesh)
+    if hosts.count() == 1:
+        return jax.device_put(Batch(**{name: fields[name] for name in names}), shardings)
+    chips = mesh.shape["data"] * mesh.shape["fsdp"]
+    return Batch(
+        **{name: _global_array(fields[name], fields["mine"], chips, getattr(shardings, name), LOCAL_FIELDS.get(name))
+           for name in names}
+    )  # fmt: skip
+
+
+def _global_array(
+    held: np.ndarray, mine: Sequence[int], chips: int, sharding: NamedSharding, axis: int | None
+) -> jax.Array:
+    """An array of all chips from what this process has of it: everything, or along `axis` the parts of its chips."""
+    if axis is None:
+        return hosts.put(held, sharding)
+    size = held.shape[axis] // len(mine)
+    part_of = {int(chip): number for number, chip in enumerate(mine)}
+    lead = (slice(None),) * axis
+
+    def part(index: Any) -> np.ndarray:
+        number = part_of[(index[axis].start or 0) // size]
+        return held[(*lead, slice(number * size, (number + 1) * size))]
+
+    shape = (*held.shape[:axis], chips * size, *held.shape[axis + 1 :])
+    return jax.make_array_from_callback(shape, sharding, part)

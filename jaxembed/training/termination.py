@@ -1,10 +1,12 @@
-"""SIGTERM during a run: it stops at the next place where nothing is lost."""
+"""SIGTERM during a run: it stops at the next place where nothing is lost, on all hosts at the same one."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
+
+from jaxembed import hosts
 
 
 class Stopped(BaseException):
@@ -16,12 +18,17 @@ class Termination:
 
     It raises `Stopped` at once, as in preparation, evaluation and export, which can be repeated. Within `noted` it only
     sets `came`. Outside of the main thread, as in some notebooks, signals stay as they are.
+
+    Where there are several processes each may be stopped alone. In what can be repeated the others end with it
+    (`hosts.end_all`); steps, and evaluations between them, all leave at the same place, with everything saved.
     """
 
     def __init__(self) -> None:
         self.came = False
         self.doing = "the preparation"
         """What it interrupts, for the message."""
+        self.agreed = False
+        """Whether all processes stop here by themselves."""
         self._noting = False
         self._previous: Any = None
 
@@ -33,6 +40,16 @@ class Termination:
         if self.came:
             self._noting = True
             raise Stopped
+
+    def check_all(self) -> None:
+        """Raises `Stopped` on every process where SIGTERM has come to one; to be called by all."""
+        if hosts.anyone("SIGTERM", self.came):
+            self._noting = self.agreed = True
+            raise Stopped
+
+    def stop_after(self, step: int) -> bool:
+        """Whether the run ends after this step; to be asked after each, by all processes."""
+        return hosts.stop_after(step, self.came)
 
     def now(self, doing: str) -> None:
         """Names what begins."""
@@ -50,10 +67,11 @@ class Termination:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within `noted`, a part that can be interrupted after all."""
-        self._noting = False
+        """Within `noted`, a part that can be interrupted after all; by several processes with `check_all` only."""
+        self._noting = hosts.count() > 1
         try:
-            self.check()
+            if not self._noting:
+                self.check()
             yield
         finally:
             self._noting = True

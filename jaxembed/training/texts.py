@@ -237,6 +237,14 @@ def train_token_ids(config: TrainingConfig, tokenizer: TextTokenizer) -> list[in
     return ids
 
 
+def rotates(source: Source, examples: Examples) -> bool:
+    """Whether each pass through the source takes the next ones of its hard negatives, and positives."""
+    order = source.negatives_order
+    if order is None:
+        order = "rotate" if isinstance(source, TfdsSource) and source.dataset == "ms_marco" else "first"
+    return order == "rotate" and bool(examples.negative_counts.any() or examples.more_positives is not None)
+
+
 def prepare_texts(
     config: TrainConfig, examples: Sequence[Examples], tokenizer: TextTokenizer
 ) -> tuple[TextTable, list[DataSet]]:
@@ -263,4 +271,5 @@ def prepare_texts(
         limits.append(own if own is not None else most if wanted is None else min(wanted, most))
     readers = [source_tokenizer(tokenizer, section, found) for section, found in zip(sections, examples)]
     weights = [section.weight for section in sections]
-    return tokenize_examples(examples, weights, tokenizer, cache_dir, max(limits), readers, limits)
+    rotating = [rotates(section, found) for section, found in zip(sections, examples)]
+    return tokenize_examples(examples, weights, tokenizer, cache_dir, max(limits), readers, limits, rotating)

@@ -1,5 +1,6 @@
 """The token cache: gives what the tokenizer gives, once a text, and mends itself."""
 
+import json
 import logging
 import multiprocessing
 import resource
@@ -188,3 +189,20 @@ def test_a_full_disk_is_an_error_that_names_the_place(tmp_path):
 def test_text_hash():
     # Reference: coreutils, printf 'é' | b2sum -l 64
     assert text_hash("é").to_bytes(8, "little").hex() == "cb1abf8beff3192f"
+
+
+def test_the_digest_is_that_of_what_was_tokenised(tmp_path):
+    cache = build(tmp_path / "one")
+    same, other = build(tmp_path / "two", source="elsewhere"), build(tmp_path / "three", ["another text"])
+    assert cache.digest == same.digest != other.digest
+    meta = cache.directory / "meta.json"
+    recorded = json.loads(meta.read_text())
+    assert recorded.pop("sha256") == cache.digest
+    meta.write_text(json.dumps(recorded))  # as caches were before
+    assert build(tmp_path / "one").digest == cache.digest
+    nothing = build(tmp_path / "four", [])
+    meta = nothing.directory / "meta.json"
+    meta.write_text(
+        json.dumps({name: value for name, value in json.loads(meta.read_text()).items() if name != "sha256"})
+    )
+    assert build(tmp_path / "four", []).digest == nothing.digest

@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxembed.data import text_store
+from jaxembed.data.id_texts import CORPUS_KEYS, QUERY_KEYS
 from jaxembed.data.text_store import (
-    CORPUS_KEYS,
-    QUERY_KEYS,
     Picked,
     PickedRows,
     TextStore,

@@ -16,7 +16,7 @@ from jaxembed.mining.mine import Options, mine, mine_embeddings
 from jaxembed.mining.search import Blocks
 from jaxembed.mining.task import Collection, Task, make_task
 
-QUERIES, DOCUMENTS, DIM = 200, 3000, 24
+QUERIES, DOCUMENTS, DIM = 90, 2000, 24
 EVERY = Filters(first=10, last=80, share=0.9, margin=0.02, largest=0.62, cross_margin=0.5)
 
 
@@ -156,14 +156,14 @@ def test_the_report_counts_what_is_left_out_before_ranking(world: dict[str, Any]
     ]
     lines = str(report).splitlines()
     assert lines[0].split() == ["left", "after", "candidates", "of", "the", "row", "above", "queries", "with", "any"]
-    assert lines[-1].startswith("0 of 200 queries got fewer than the 5 negatives asked for, 0 of them none")
+    assert lines[-1].startswith(f"0 of {QUERIES} queries got fewer than the 5 negatives asked for, 0 of them none")
 
 
 def test_no_more_than_three_blocks_are_in_memory(world: dict[str, Any]) -> None:
     class Streamed:
         """Counts the rows that somebody still holds."""
 
-        shape = (100_000, DIM)
+        shape = (20_000, DIM)
 
         def __init__(self) -> None:
             self.alive = self.most = self.reads = 0
@@ -180,14 +180,14 @@ def test_no_more_than_three_blocks_are_in_memory(world: dict[str, Any]) -> None:
         def _free(self, rows: int) -> None:
             self.alive -= rows
 
-    texts = [f"document {row}" for row in range(100_000)]
+    texts = [f"document {row}" for row in range(20_000)]
     task = make_task(
-        Collection(["a", "b"], ["a", "b"]), Collection(texts, texts), np.array([0, 1]), np.array([4, 70_000])
+        Collection(["a", "b"], ["a", "b"]), Collection(texts, texts), np.array([0, 1]), np.array([4, 14_000])
     )
     documents = Streamed()
-    mine_embeddings(task, unit(2, 5), documents, Options(blocks=Blocks(5000, 8)), progress=False)
-    assert documents.reads >= 100_000
-    assert documents.most <= 3 * 5000  # one on the devices, one that comes, one that goes
+    mine_embeddings(task, unit(2, 5), documents, Options(blocks=Blocks(1000, 8)), progress=False)
+    assert documents.reads >= 20_000
+    assert documents.most <= 3 * 1000  # one on the devices, one that comes, one that goes
 
 
 @pytest.mark.parametrize(("margin", "cross"), [(None, True), (1.0, False)])

@@ -32,11 +32,11 @@ def brute_force(
     return np.pad(rows, fill, constant_values=-1), np.pad(found, fill, constant_values=-np.inf)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     count=st.integers(1, 90),
     queries=st.integers(1, 12),
-    k=st.integers(1, 30),
+    k=st.sampled_from([1, 9, 30]),
     repeats=st.integers(1, 40),
     devices=st.sampled_from([1, 3, 8]),
     block=st.sampled_from([5, 32, 1000]),

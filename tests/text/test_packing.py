@@ -92,16 +92,17 @@ def test_filled_rows_are_the_texts(case: tuple[np.ndarray, int], slots: int, spa
         assert rows.first[row, slot] == min(place[0] + (skipped[rows.texts[row, slot]] if skipped else 0), place[-1])
 
 
-@given(st.integers(1, 9000), st.integers(1, 70_000))
-def test_at_most_six_shapes_one_of_them_small(max_length: int, tokens: int) -> None:
-    shapes = call_shapes(max_length, tokens)
+@given(st.integers(1, 9000), st.integers(1, 70_000), st.integers(1, 9))
+def test_at_most_six_shapes_one_of_them_small(max_length: int, tokens: int, chips: int) -> None:
+    shapes = call_shapes(max_length, tokens, chips)
     assert len(shapes) == len(set(shapes)) <= 6
     assert max(shape.length for shape in shapes) >= max_length
-    assert min(shape.tokens for shape in shapes) <= 64
+    assert min(shape.tokens for shape in shapes) <= 64 * chips
     for shape in shapes:
         assert shape.rows >= 1
+        assert shape.rows % chips == 0
         assert shape.slots >= 1
-        assert shape.tokens <= max(tokens, shape.length)
+        assert shape.tokens <= chips * max(tokens, shape.length)
 
 
 @given(

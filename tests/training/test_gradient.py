@@ -16,19 +16,23 @@ import torch
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.data.known import KnownPositives
-from jaxembed.data.loader import RowLayout, pack_batch
+from jaxembed.data.loader import RowLayout, TextTable, pack_batch
 from jaxembed.models.bloom import BloomConfig
-from jaxembed.sharding import make_mesh, named_shardings, partition_specs
+from jaxembed.planning.hlo import read_collectives
+from jaxembed.sharding import Alone, make_mesh, named_shardings, partition_specs
 from jaxembed.training.filters import TRAINABLE, count, decays
 from jaxembed.training.gradient import (
     LOG_TEMPERATURE,
     Batch,
     LossOptions,
+    embed_rows,
     global_value_and_grad,
     with_temperature,
     without_temperature,
 )
+from jaxembed.training.loop import restore
 from jaxembed.training.objective import SetLoss
 from jaxembed.training.step import TrainState, initial_state, make_step, put_batch
 
@@ -38,15 +42,16 @@ from objectives import reference_losses
 CONFIG = BloomConfig(vocab_size=100, dim=32, layers=3, heads=4)
 QUERIES, NEGATIVES, LONGEST, ROW = 16, 2, 20, 32
 TEMPERATURE = 0.1
-OPTIONS = LossOptions(temperature=TEMPERATURE, tile=5, data_sets=3, mask_known=False)
+OPTIONS = LossOptions(temperature=TEMPERATURE, tile=5, data_sets=4, mask_known=False)
 EVERYTHING = LossOptions(
     temperature=TEMPERATURE,
     tile=5,
-    data_sets=3,
+    data_sets=4,
     sets=(
         SetLoss(query_query=True, document_document=True, document_query="symmetric", margin=0.1, focal=1.0),
         SetLoss("kl", temperature=0.5, info_nce_weight=0.5, in_batch=False),
         SetLoss("cosent", weight=2.0),
+        SetLoss("embedding_cosine", weight=3.0, info_nce_weight=0.1),
     ),
     spread_out=0.5,
     spread_out_mean=0.5,
@@ -67,20 +72,25 @@ def texts_of(step: int) -> list[np.ndarray]:
 
 EXAMPLES = np.arange(QUERIES * (2 + NEGATIVES)).reshape(QUERIES, 2 + NEGATIVES)
 EXAMPLES[::3, 3] = EXAMPLES[4, 2:] = -1  # hard negatives that an example lacks
-DATA_SET = np.arange(QUERIES) % 3
+DATA_SET = np.arange(QUERIES) % 4
 NAMES = np.arange(EXAMPLES.size, dtype=np.uint64)
 """By which texts are known for equal; all are others, whatever their ids."""
 _QUERY, _POSITIVE = NAMES[[0, 0, 4]], NAMES[[1, 9, 5]]
 KNOWN = KnownPositives.of(_QUERY, _POSITIVE)
 """The positive of example 2 is one of query 0 elsewhere in the data, which `OPTIONS` does not ask about."""
 SCORES = np.random.default_rng(1).normal(size=(QUERIES, 1 + NEGATIVES))
+TEACHER = np.random.default_rng(2).normal(size=(QUERIES, 2 + NEGATIVES, CONFIG.dim))
+TEACHER[7, 1] = np.nan
 
 
 def batch_of(step: int, mesh: Mesh, chunk_rows: int, chunks: tuple[int, ...] = ()) -> Batch:
     chips = mesh.shape["data"] * mesh.shape["fsdp"]
     layout = RowLayout(ROW, slots=6, chunk_rows=chunk_rows, chips=chips, chunks=chunks, density=1.0)
-    table: Any = texts_of(step)  # like a table, it gives ids by the number of a text
-    fields = pack_batch(table, EXAMPLES, DATA_SET, layout, hashes=NAMES[EXAMPLES], known=KNOWN, scores=SCORES)
+    texts: Any = texts_of(step)
+    table = TextTable((texts,), np.zeros(1, int), np.array([len(text) for text in texts]), NAMES)
+    fields = pack_batch(
+        table, EXAMPLES, DATA_SET, layout, hashes=NAMES[EXAMPLES], known=KNOWN, scores=SCORES, teacher=TEACHER
+    )
     return put_batch(fields, mesh)
 
 
@@ -105,7 +115,7 @@ def reference(everything: bool = False) -> tuple[float, dict[tuple[str, ...], np
     if everything:
         known = [{int(NAMES[9])} if query == 0 else set() for query in range(QUERIES)]
         loss = reference_losses(
-            embeddings, EXAMPLES, NAMES.tolist(), DATA_SET, EVERYTHING, known, SCORES, log_temperature
+            embeddings, EXAMPLES, NAMES.tolist(), DATA_SET, EVERYTHING, known, SCORES, log_temperature, TEACHER
         ).mean()  # fmt: skip
     else:
         documents = EXAMPLES[:, 1:].T.ravel()
@@ -219,8 +229,10 @@ class Run:
     text: str
 
 
-def train(trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options: LossOptions = OPTIONS) -> Run:
-    """Five steps of AdamW with decay and clipping, and the text of the compiled step."""
+def start(
+    trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options: LossOptions = OPTIONS
+) -> tuple[TrainState, nnx.State, Any]:
+    """State, frozen part and compiled step, of AdamW with decay and clipping."""
     graph, train, frozen = split(trainable)
     if options.matryoshka:
         train = with_temperature(train, TEMPERATURE)
@@ -232,19 +244,30 @@ def train(trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options:
         return jax.device_put(state, named_shardings(partition_specs(state), mesh))
 
     train, frozen = place(jax.tree.map(jnp.copy, train)), place(frozen)
-
-    def arrays(state):
-        return {path: np.asarray(v[...]) for path, v in flat(state)}
-
-    before = arrays(train)
     state = initial_state(optimizer, train, mesh)
     step: Any = make_step(graph, train, frozen, optimizer, options, QUERIES, mesh, check_vma)
-    compiled = step.lower(state, frozen, batch_of(0, mesh, chunk_rows)).compile(QUICK)
-    metrics = []
-    for number in range(STEPS):
+    return state, frozen, step.lower(state, frozen, batch_of(0, mesh, chunk_rows)).compile(QUICK)
+
+
+def arrays(state: nnx.State) -> dict[tuple[str, ...], np.ndarray]:
+    return {path: np.asarray(v[...]) for path, v in flat(state)}
+
+
+def train(
+    trainable: str,
+    mesh: Mesh,
+    chunk_rows: int,
+    check_vma: bool,
+    options: LossOptions = OPTIONS,
+    steps: int = STEPS,
+) -> Run:
+    """Some steps, and the text of the compiled one."""
+    state, frozen, compiled = start(trainable, mesh, chunk_rows, check_vma, options)
+    before, metrics = arrays(state.trainable), []
+    for number in range(steps):
         state, new = compiled(state, frozen, batch_of(number, mesh, chunk_rows))
         metrics.append(new)
-    assert int(state.step) == STEPS
+    assert int(state.step) == steps
     return Run(
         np.array([m.loss for m in metrics]),
         np.array([m.gradient_norm for m in metrics]),
@@ -256,8 +279,18 @@ def train(trainable: str, mesh: Mesh, chunk_rows: int, check_vma: bool, options:
 
 
 @functools.cache
-def alone(trainable: str, options: LossOptions = OPTIONS) -> Run:
-    return train(trainable, one_device(), chunk_rows=64, check_vma=True, options=options)
+def alone(trainable: str, options: LossOptions = OPTIONS, steps: int = STEPS) -> Run:
+    return train(trainable, one_device(), chunk_rows=64, check_vma=True, options=options, steps=steps)
+
+
+def probe(trainable: str, weights: dict[tuple[str, ...], np.ndarray]) -> np.ndarray:
+    """Embeddings of texts that no step has seen."""
+    graph, train, frozen = split(trainable)
+    moved = nnx.map_state(lambda path, v: v.replace(jnp.asarray(weights[path])), train)
+    batch = batch_of(1000, one_device(), 64)
+    rows = (field[0] for field in (batch.tokens, batch.segments, batch.first, batch.last))
+    embeddings = embed_rows(nnx.merge(graph, moved, frozen), *rows, OPTIONS, Alone())
+    return np.asarray(embeddings[batch.last[0] >= 0])
 
 
 def assert_same_run(found: Run, expected: Run, record) -> None:
@@ -285,14 +318,53 @@ def test_a_mesh_changes_nothing(sizes: tuple[int, int, int], trainable: str, che
     found = train(trainable, mesh, chunk_rows=1, check_vma=check_vma)
     assert_same_run(found, alone(trainable), record_property)
 
-    moves = list(collectives(found.text))
-    outside = [move for move in moves if not move.in_loop and move.crosses_data(mesh)]
+    moves = read_collectives(found.text)
+    outside = [move for move in moves if not move.in_loop and "data" in move.axes(mesh)]
     assert any(move.kind == "all-reduce" for move in outside)
-    assert loops_of(found.text), "no loop to stand outside of"
     # Stronger than asked: in loops nothing at all crosses `data`, neither gradients nor anything else.
-    assert not [move for move in moves if move.in_loop and move.crosses_data(mesh)]
+    assert not [move for move in moves if move.in_loop and "data" in move.axes(mesh)]
     # And over `fsdp`, where it is split, weights are gathered in the loops, which shows that they are seen.
-    assert any(move.kind == "all-gather" and move.in_loop and move.wide for move in moves) == (sizes[1] > 1)
+    assert any(move.kind == "all-gather" and move.in_loop for move in moves) == (sizes[1] > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["full", "bitfit"])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_twenty_steps_are_those_of_one_device(sizes: tuple[int, int, int], trainable: str, record_property) -> None:
+    found = train(trainable, make_mesh(*sizes), chunk_rows=1, check_vma=False, steps=20)
+    expected = alone(trainable, steps=20)
+    assert_same_run(found, expected, record_property)
+    ours, theirs, before = (probe(trainable, weights) for weights in (found.after, expected.after, expected.before))
+    record_property("probes", float(np.abs(ours - theirs).max()))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(theirs - before).max() > 1e-2, "nothing was learnt"
+    assert expected.losses.min() > 0.5, "a saturated loss says nothing"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path) -> None:
+    """Written on eight chips that split the batch, restored where all three axes split something."""
+    mesh, other_mesh = make_mesh(8, 1, 1), make_mesh(2, 2, 2)
+    state, frozen, step = start("full", mesh, chunk_rows=1, check_vma=False)
+    for number in range(2):
+        state, _ = step(state, frozen, batch_of(number, mesh, chunk_rows=1))
+    fresh, other_frozen, other_step = start("full", other_mesh, chunk_rows=1, check_vma=False)
+    with TrainingCheckpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, state, {})
+        checkpoints.wait()
+        found = restore(checkpoints, fresh, {})
+    assert found is not None
+    done, restored = found
+    assert done == int(restored.step) == 2
+    for leaf, place, written in zip(*map(jax.tree.leaves, (restored, fresh, state))):
+        assert leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim)
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(written))
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(restored.optimizer))
+    for number in range(2, 4):
+        state, expected = step(state, frozen, batch_of(number, mesh, chunk_rows=1))
+        restored, metrics = other_step(restored, other_frozen, batch_of(number, other_mesh, chunk_rows=1))
+        assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+        assert float(metrics.weight_norm) == pytest.approx(float(expected.weight_norm), rel=1e-6)
 
 
 def test_a_tensor_axis_changes_nothing(record_property) -> None:
@@ -323,99 +395,6 @@ def test_losses_of_data_sets_are_parts_of_the_loss() -> None:
     np.testing.assert_array_equal(run.by_data_set[:, 1], np.tile(np.bincount(DATA_SET), (STEPS, 1)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    kind: str
-    groups: tuple[tuple[int, ...], ...]
-    """Devices that take part together."""
-    in_loop: bool
-
-    @property
-    def wide(self) -> bool:
-        return any(len(group) > 1 for group in self.groups)
-
-    def crosses_data(self, mesh: Mesh) -> bool:
-        row = {device.id: index[0] for index, device in np.ndenumerate(mesh.devices)}
-        return any(len({row[device] for device in group}) > 1 for group in self.groups)
-
-
-def computations_of(text: str) -> dict[str, list[str]]:
-    """The lines of each computation of an HLO module."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            lines = found[head[1]] = []
-        else:
-            lines.append(line)
-    return found
-
-
-def loops_of(text: str) -> set[str]:
-    """Computations that run in a loop: bodies, conditions, and all that they call."""
-    computations = computations_of(text)
-    inside: set[str] = set()
-    waiting = re.findall(r"(?:body|condition)=%?([\w.\-]+)", text)
-    while waiting:
-        if (name := waiting.pop()) not in inside:
-            inside.add(name)
-            waiting += [
-                word for word in re.findall(r"%([\w.\-]+)", "\n".join(computations[name])) if word in computations
-            ]
-    return inside
-
-
-def collectives(text: str) -> Iterator[Collective]:
-    inside = loops_of(text)
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-    for name, lines in computations_of(text).items():
-        for line in lines:
-            if found := re.search(rf" ({kinds})(?:-start)?\(", line):
-                yield Collective(found[1], groups_of(line), name in inside)
-
-
-def groups_of(line: str) -> tuple[tuple[int, ...], ...]:
-    """Who takes part together, in each spelling of HLO; those that number the devices do so row by row."""
-    if mesh := re.search(r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(\[(\S+)\))? \{([^}]*)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        together = re.findall(r"'(\w+)'", mesh[3])
-        devices = numbered(f"[{mesh[2]}" if mesh[2] else f"[{math.prod(sizes.values())}]").reshape(*sizes.values())
-        last = np.moveaxis(devices, [list(sizes).index(name) for name in together], range(-len(together), 0))
-        return rows_of(last.reshape(-1, math.prod(sizes[name] for name in together)))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[\S+[\])])", line):
-        return rows_of(numbered(iota[2]).reshape([int(size) for size in iota[1].split(",")]))
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
-        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
-    raise AssertionError(f"groups in an unknown spelling: {line}")
-
-
-def numbered(text: str) -> np.ndarray:
-    """Device numbers of `[2,4]`, or of `[2,4]T(1,0)`, transposed."""
-    sizes, _, order = text.replace("[", "").replace(")", "").replace("]", "").partition("T(")
-    numbers = np.arange(math.prod(map(int, sizes.split(",")))).reshape([int(size) for size in sizes.split(",")])
-    return numbers.transpose([int(axis) for axis in order.split(",")]) if order else numbers
-
-
-def rows_of(devices: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(map(tuple, devices.tolist()))
-
-
-@pytest.mark.parametrize(
-    ("line", "groups"),
-    [
-        ("all-reduce(x), replica_groups={{0,1},{2,3}}, to_apply=y", ((0, 1), (2, 3))),
-        ("replica_groups=[2,2]<=[4], dimensions={0}", ((0, 1), (2, 3))),
-        ("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", ((0, 2), (1, 3))),
-        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x={0}", ((0, 1), (2, 3))),
-        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x={0}", ((0, 2), (1, 3))),
-        ("replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}, x={0}", ((0, 1), (2, 3))),
-        ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
-    ],
-)
-def test_reader_of_groups(line: str, groups: tuple) -> None:
-    assert groups_of(line) == groups
-
-
 # ---- BitFit
 
 ODD = BloomConfig(vocab_size=53, dim=30, layers=3, heads=5)
@@ -442,6 +421,7 @@ def abstract_batch(pairs: int, chunks: int, chunk_rows: int, length: int, slots:
         candidate_codes=ints(pairs),
         known=ints(pairs, 2),
         scores=ints(pairs, 0, dtype=jnp.float32),
+        teacher=ints(pairs, 0, 0, dtype=jnp.float32),
         data_set=ints(pairs),
         data_sets=ints(pairs),
     )

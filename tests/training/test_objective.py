@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class Case:
     known: list[set[int]]
     scores: np.ndarray
     places: np.ndarray
+    teacher: np.ndarray
 
     def batch(self, data_set: np.ndarray) -> Batch:
         flat = self.examples.T.ravel()
@@ -48,8 +49,8 @@ class Case:
             own=places[:QUERIES], query_places=places[:QUERIES], candidates=places[QUERIES:],
             positives=np.arange(QUERIES, dtype=np.int32), valid=flat[QUERIES:] >= 0,
             query_codes=codes[:QUERIES], candidate_codes=codes[QUERIES:], known=known,
-            scores=self.scores.astype(np.float32), data_set=data_set.astype(np.int32),
-            data_sets=data_set.astype(np.int32),
+            scores=self.scores.astype(np.float32), teacher=self.teacher.astype(np.float32),
+            data_set=data_set.astype(np.int32), data_sets=data_set.astype(np.int32),
         )  # fmt: skip
 
 
@@ -73,7 +74,12 @@ def case_of(seed: int, plain: bool = False) -> Case:
         scores[rng.random(scores.shape) < 0.2] = np.nan
         scores[:, 1] = rng.normal(size=QUERIES)
         examples[rng.random(QUERIES) < 0.3, 3] = -1
-    return Case(raw.astype(np.float32), examples, names, known, scores, rng.permutation(count))
+    places = rng.permutation(count)
+    teacher = rng.normal(size=(QUERIES, COLUMNS, DIM)) + 0.5
+    if not plain:
+        teacher[(rng.random((QUERIES, COLUMNS)) < 0.2) | (examples < 0)] = np.nan
+        teacher[3] = np.nan
+    return Case(raw.astype(np.float32), examples, names, known, scores, places, teacher.astype(np.float32))
 
 
 def ours(
@@ -110,7 +116,7 @@ def in_float64(case: Case, options: LossOptions, data_set: np.ndarray, log_tempe
     log_t = torch.tensor(log_temperature or 0.0, dtype=torch.float64, requires_grad=True)
     found = reference_losses(
         torch.nn.functional.normalize(raw), case.examples, case.names.tolist(), data_set, options, case.known,
-        case.scores, None if log_temperature is None else log_t,
+        case.scores, None if log_temperature is None else log_t, case.teacher,
     )  # fmt: skip
     of_raw, of_log = torch.autograd.grad(found.mean(), (raw, log_t), allow_unused=True)
     return found.detach().numpy(), of_raw.numpy(), 0.0 if of_log is None else float(of_log)
@@ -142,6 +148,11 @@ VARIANTS: dict[str, LossOptions] = {
     "cosent": LossOptions(sets=(SetLoss("cosent"),) * 3),
     "kl": LossOptions(sets=(SetLoss("kl", temperature=0.5, teacher_temperature=2.0),) * 3),
     "margin_mse": LossOptions(sets=(SetLoss("margin_mse", info_nce_weight=0.5),) * 3),
+    "embedding_cosine": LossOptions(sets=(SetLoss("embedding_cosine"),) * 3),
+    "embedding_mse": LossOptions(
+        sets=(SetLoss("embedding_mse", weight=5.0, info_nce_weight=0.5), SetLoss(), SetLoss("embedding_cosine")),
+        matryoshka=((12, 1.0), (5, 0.5)),
+    ),
     "temperatures": LossOptions(sets=(SetLoss(temperature=0.1), SetLoss(margin=0.1), SetLoss(temperature=0.02))),
     "mixed": LossOptions(
         sets=(
@@ -244,6 +255,17 @@ def margin_mse(columns: list[torch.Tensor], labels: torch.Tensor) -> torch.Tenso
     return theirs.MarginMSELoss(None).compute_loss_from_embeddings(columns, labels)
 
 
+def taught(metric: Literal["cosine", "mse"]) -> Loss:
+    """Labels are the teacher's embeddings, [queries, columns, dim]."""
+
+    def loss(columns: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        teacher = torch.nn.functional.normalize(labels, dim=-1)
+        module = theirs.EmbedDistillLoss(None, distance_metric=metric)
+        return module.compute_loss_from_embeddings(columns, list(teacher.unbind(1)))
+
+    return loss
+
+
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PREFIXES = ((12, 1.0), (8, 0.5), (4, 0.25))
 
@@ -265,6 +287,8 @@ PREFIXES = ((12, 1.0), (8, 0.5), (4, 0.25))
         (kl(0.2, 3.0), LossOptions(sets=(SetLoss("kl", temperature=0.2, teacher_temperature=3.0),))),
         (st_loss(kl(1.0, 1.0), PREFIXES), LossOptions(sets=(SetLoss("kl"),), matryoshka=PREFIXES)),
         (margin_mse, LossOptions(sets=(SetLoss("margin_mse"),))),
+        (taught("cosine"), LossOptions(sets=(SetLoss("embedding_cosine"),))),
+        (taught("mse"), LossOptions(sets=(SetLoss("embedding_mse"),))),
         (spread, LossOptions(spread_out=2.0, spread_out_mean=0.5)),
     ],
 )
@@ -274,7 +298,8 @@ def test_losses_are_those_of_sentence_transformers(loss: Loss, options: LossOpti
     raw = torch.tensor(case.raw, dtype=torch.float64, requires_grad=True)
     embeddings = torch.nn.functional.normalize(raw)
     columns = [embeddings[case.examples[:, column]] for column in range(COLUMNS)]
-    expected = loss(columns, torch.tensor(case.scores))
+    labels = case.teacher.astype(np.float64) if options.by_set[0].kind.startswith("embedding") else case.scores
+    expected = loss(columns, torch.tensor(labels))
     (of_raw,) = torch.autograd.grad(expected, raw)
     found = ours(case, dataclasses.replace(options, tile=7), np.zeros(QUERIES, int), chips)
     assert found[0].mean() == pytest.approx(expected.item(), rel=1e-5)

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling as TheirP
 
 from jaxembed import convert
 from jaxembed.__main__ import run_command
-from jaxembed.data.loader import RowLayout, pack_batch
+from jaxembed.data.loader import RowLayout, TextTable, pack_batch
 from jaxembed.embedder import Embedder
 from jaxembed.models.bloom import BloomConfig
 from jaxembed.sharding import make_mesh, named_shardings, partition_specs
@@ -74,7 +74,9 @@ def value_and_gradient(pooling: Pooling, causal: bool, mesh: Mesh) -> tuple[floa
     train, frozen = (jax.device_put(state, named_shardings(partition_specs(state), mesh)) for state in (train, frozen))
     layout = RowLayout(ROW, slots=4, chunk_rows=1, chips=mesh.size, chunks=(), density=1.0)
     skipped = np.broadcast_to(np.array([PROMPTS[0], PROMPTS[1], PROMPTS[1]]), EXAMPLES.shape)
-    table: Any = texts()  # like a table, it gives ids by the number of a text
+    ids: Any = texts()
+    lengths = np.array([len(text) for text in ids])
+    table = TextTable((ids,), np.zeros(1, int), lengths, np.arange(len(ids), dtype=np.uint64))
     batch = put_batch(pack_batch(table, EXAMPLES, np.zeros(QUERIES, int), layout, 0, skipped), mesh)
     options = LossOptions(temperature=TEMPERATURE, pooling=pooling)
     function = global_value_and_grad(graph, train, frozen, options, QUERIES, mesh, check_vma=True)

@@ -86,12 +86,14 @@ def state_of(*sizes: int) -> nnx.State:
 def test_the_start_line_has_the_numbers_of_the_run(start: int, end: str) -> None:
     decoder = SimpleNamespace(huggingface_config={"model_type": "bloom"}, config=SimpleNamespace(layers=24, dim=1024))
     mesh = make_mesh(2, 1, 1, jax.devices()[:2])
-    parts: Any = (decoder, state_of(1000, 234), state_of(5_000_000), mesh, Batches(), LossOptions(), start)
+    options = LossOptions(attention_kernel="flash")
+    parts: Any = (decoder, state_of(1000, 234), state_of(5_000_000), mesh, Batches(), options, start)
     line = report.start_line(*parts)
     assert "\n" not in line
     for said in (
         "bloom, 24 layers of 1024",
         "1,234 parameters train, 5,000,000 are frozen",
+        "computes, attention flash;",
         "(data 2 × fsdp 1 × tensor 1)",
         "32 pairs a step in 16/40 rows of 64, 4 rows a chunk",
         "expected density 0.88",

@@ -1,0 +1,66 @@
+"""The memory formula: small programs by hand, and what a training step keeps."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxembed.planning.memory import array_bytes, peak_bytes
+
+MEBI = 2**20
+SHAPE = (256, 1024)  # a mebibyte in float32
+
+
+def peak(function, *shapes: tuple[int, ...]) -> float:
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return peak_bytes(jax.make_jaxpr(function)(*arguments).jaxpr) / MEBI
+
+
+def product(x: jax.Array) -> jax.Array:
+    return x @ jnp.ones((1024, 1024))
+
+
+def test_arrays_are_padded_to_tiles() -> None:
+    assert array_bytes((256, 1024), 4) == MEBI
+    assert array_bytes((64, 64, 300, 64), 4) == 64 * 64 * 384 * 64 * 4  # 300 to 384 is less than 64 to 128 …
+    assert array_bytes((1024, 16, 64), 2) == 1024 * 16 * 64 * 2  # … and here the first dimension goes last
+    assert array_bytes((3,), 4) == 12
+
+
+def test_what_is_fused_is_not_counted() -> None:
+    assert peak(lambda x: jnp.tanh(x * 2 + 1).sum(), SHAPE) < 0.01
+
+
+def test_a_value_lives_until_it_is_last_used() -> None:
+    def chain(x):
+        a = jnp.sort(x)
+        b = jnp.sort(a)  # a ends here
+        return jnp.sort(b).sum()
+
+    assert peak(chain, SHAPE) == pytest.approx(2, abs=0.01)
+
+    def kept(x):
+        a = jnp.sort(x)
+        return (jnp.sort(jnp.sort(a)) + a).sum()
+
+    assert peak(kept, SHAPE) == pytest.approx(3, abs=0.01)
+
+
+def test_a_loop_keeps_what_it_stacks_and_one_turn() -> None:
+    def stacking(x):
+        return jax.lax.scan(lambda c, _: (jnp.sort(c), jnp.sort(c)), x, length=7)[1]
+
+    assert 7 <= peak(stacking, SHAPE) <= 10
+
+
+def test_checkpoint_trades_memory_for_work() -> None:
+    def loss(x, policy):
+        def layer(c, _):
+            return jnp.sin(jnp.sort(jnp.sin(jnp.sort(c)))), None
+
+        return jax.lax.scan(jax.checkpoint(layer, policy=policy), x, length=20)[0].sum()
+
+    policies = jax.checkpoint_policies
+    everything = peak(jax.grad(lambda x: loss(x, policies.everything_saveable)), SHAPE)
+    nothing = peak(jax.grad(lambda x: loss(x, policies.nothing_saveable)), SHAPE)
+    assert nothing < 0.6 * everything
+    assert nothing > 20  # the input of every layer
