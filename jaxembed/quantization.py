@@ -60,7 +60,8 @@ def quantize_embeddings(
         step = np.where(step == 0, 1, step)
         if not np.isfinite(embeddings).all():
             raise InputError(f"embeddings: not all numbers are finite, which {precision} cannot hold")
-        levels = (embeddings - low) / step
+        with np.errstate(over="ignore"):  # of a range of next to nothing: the last level all the same
+            levels = (embeddings - low) / step
         np.floor(levels, out=levels)  # in place: embeddings may fill much of the memory
         unsigned = np.clip(levels, 0, _STEPS, out=levels).astype(np.uint8)
     if precision in ("uint8", "ubinary"):

@@ -36,6 +36,7 @@ def test_average_and_slerp(tmp_path: Path, models: list[Path], capsys: pytest.Ca
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_base(tmp_path: Path) -> None:
     workshop = Workshop(tmp_path)
     assert workshop.train("run") == 0

@@ -147,6 +147,7 @@ def test_a_beir_folder_gets_negatives_by_id(tmp_path: Path, model: Path, data: P
         assert list(negatives) == expected[anchor][:5]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, model: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", make_rows(40))
     texts = [{"id": str(number), "text": f"{row['positive']} {number}"} for number, row in enumerate(make_rows(10_000))]

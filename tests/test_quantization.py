@@ -40,15 +40,12 @@ def test_the_same_bits(data: st.DataObject, precision: Precision, dim: int, cali
         options["calibration_embeddings"] = data.draw(matrices(dim, dtype))
     elif calibration == "ranges":
         options["ranges"] = np.sort(data.draw(hnp.arrays(np.float64, (2, dim), elements=NUMBERS)), axis=0)
-    same(
-        quantize_embeddings(embeddings, precision, **options),
-        reference.quantize_embeddings(embeddings, precision, **options),
-    )
-    if options or precision not in BYTES:  # one vector
-        same(
-            quantize_embeddings(embeddings[0], precision, **options),
-            reference.quantize_embeddings(embeddings[0], precision, **options),
-        )
+    parts = [embeddings, embeddings[0]] if options or precision not in BYTES else [embeddings]
+    for part in parts:
+        found = quantize_embeddings(part, precision, **options)
+        with np.errstate(over="ignore"):  # it warns where a range is next to nothing
+            expected = reference.quantize_embeddings(part, precision, **options)
+        same(found, expected)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

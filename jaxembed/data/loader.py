@@ -30,7 +30,7 @@ from jaxembed.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
-CHUNK_TOKENS = {"cpu": 1024, "gpu": 32_768, "tpu": 32_768}
+CHUNK_TOKENS = {"cpu": 1024, "gpu": 16_384, "tpu": 8192}
 """Tokens that a chip runs at once in training, by platform, where the config does not say."""
 
 LOCAL_FIELDS = {"tokens": 1, "segments": 1, "first": 1, "last": 1, "teacher": 0}

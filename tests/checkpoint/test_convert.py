@@ -121,6 +121,7 @@ def test_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -
     assert whole == weights_of(lines[1])
 
 
+@pytest.mark.slow
 def test_the_hash_is_what_embedder_and_card_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_checkpoint(tmp_path / "source", random_weights("float32", "transformer."))
     assert run(source, tmp_path / "orbax") == 0

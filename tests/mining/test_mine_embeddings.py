@@ -163,7 +163,7 @@ def test_no_more_than_three_blocks_are_in_memory(world: dict[str, Any]) -> None:
     class Streamed:
         """Counts the rows that somebody still holds."""
 
-        shape = (20_000, DIM)
+        shape = (6_000, DIM)
 
         def __init__(self) -> None:
             self.alive = self.most = self.reads = 0
@@ -180,14 +180,14 @@ def test_no_more_than_three_blocks_are_in_memory(world: dict[str, Any]) -> None:
         def _free(self, rows: int) -> None:
             self.alive -= rows
 
-    texts = [f"document {row}" for row in range(20_000)]
+    texts = [f"document {row}" for row in range(6_000)]
     task = make_task(
-        Collection(["a", "b"], ["a", "b"]), Collection(texts, texts), np.array([0, 1]), np.array([4, 14_000])
+        Collection(["a", "b"], ["a", "b"]), Collection(texts, texts), np.array([0, 1]), np.array([4, 5_000])
     )
     documents = Streamed()
-    mine_embeddings(task, unit(2, 5), documents, Options(blocks=Blocks(1000, 8)), progress=False)
-    assert documents.reads >= 20_000
-    assert documents.most <= 3 * 1000  # one on the devices, one that comes, one that goes
+    mine_embeddings(task, unit(2, 5), documents, Options(blocks=Blocks(500, 8)), progress=False)
+    assert documents.reads >= 6_000
+    assert documents.most <= 3 * 500  # one on the devices, one that comes, one that goes
 
 
 @pytest.mark.parametrize(("margin", "cross"), [(None, True), (1.0, False)])

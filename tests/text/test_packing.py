@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxembed.text.packing import RowShape, best_fit_rows, call_shapes, density, fill_rows, plan_calls, slots_of
+from jaxembed.text.packing import (
+    RowShape,
+    best_fit_rows,
+    call_shapes,
+    deal_rows,
+    density,
+    fill_rows,
+    plan_calls,
+    slots_of,
+)
 
 row_lengths = st.integers(1, 200)
 
@@ -178,3 +187,22 @@ def test_texts_that_fit_no_row_are_refused(lengths: list[int]) -> None:
         best_fit_rows(np.array(lengths), 16, 4)
     with pytest.raises(ValueError, match="do not fit rows of 16"):
         plan_calls(np.array(lengths), [RowShape(16, 2, 4)])
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=80), st.integers(1, 16), st.integers(0, 3))
+def test_rows_are_dealt_so_that_chips_have_about_as_many_texts(sizes: list[int], chips: int, room: int) -> None:
+    rows = [[index] * size for index, size in enumerate(sizes)]
+    most = -(-len(rows) // chips) + room
+    dealt = deal_rows(rows, chips, most)
+    assert sorted(row[0] for some in dealt for row in some) == list(range(len(rows)))
+    assert max(map(len, dealt)) <= most
+    if room == 3 and len(rows) <= most:  # no limit: no chip is above another by more than its last row
+        texts = [sum(map(len, some)) for some in dealt]
+        assert max(texts) - min(texts) <= max(sizes)
+
+
+def test_a_large_batch_is_dealt_nearly_evenly() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(80), 0.8, 3 * 1024), 5, 512).astype(np.int64)
+    rows = best_fit_rows(lengths, 512, 64)
+    dealt = deal_rows(rows, 64, -(-len(rows) // 64))
+    assert max(sum(map(len, some)) for some in dealt) <= 1.1 * len(lengths) / 64

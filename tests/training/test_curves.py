@@ -133,7 +133,12 @@ def their_losses(directory, trainable, negatives, cached, batches):
 
 @pytest.mark.parametrize(
     ("trainable", "cached", "negatives", "chunk_rows"),
-    [("full", False, 0, None), ("full", True, 1, 3), ("bitfit", False, 1, 3), ("bitfit", True, 0, 2)],
+    [
+        ("full", True, 1, 3),
+        ("bitfit", False, 1, 3),
+        pytest.param("full", False, 0, None, marks=pytest.mark.slow),
+        pytest.param("bitfit", True, 0, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_losses_are_those_of_sentence_transformers(base, tmp_path, trainable, cached, negatives, chunk_rows):
     ours, batches = our_losses(base, tmp_path / "model", trainable, negatives, chunk_rows)

@@ -80,7 +80,7 @@ KNOWN = KnownPositives.of(_QUERY, _POSITIVE)
 """The positive of example 2 is one of query 0 elsewhere in the data, which `OPTIONS` does not ask about."""
 SCORES = np.random.default_rng(1).normal(size=(QUERIES, 1 + NEGATIVES))
 TEACHER = np.random.default_rng(2).normal(size=(QUERIES, 2 + NEGATIVES, CONFIG.dim))
-TEACHER[7, 1] = np.nan
+TEACHER[7, 1] = TEACHER[EXAMPLES < 0] = np.nan
 
 
 def batch_of(step: int, mesh: Mesh, chunk_rows: int, chunks: tuple[int, ...] = ()) -> Batch:
@@ -372,7 +372,15 @@ def test_a_tensor_axis_changes_nothing(record_property) -> None:
     assert_same_run(found, alone("full"), record_property)
 
 
-@pytest.mark.parametrize(("sizes", "check_vma"), [((8, 1, 1), True), ((2, 4, 1), False), ((2, 2, 2), False)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "check_vma"),
+    [
+        ((2, 4, 1), True),
+        pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_mesh_changes_nothing_of_any_loss(sizes: tuple[int, int, int], check_vma: bool, record_property) -> None:
     found = train("full", make_mesh(*sizes), chunk_rows=1, check_vma=check_vma, options=EVERYTHING)
     assert_same_run(found, alone("full", EVERYTHING), record_property)

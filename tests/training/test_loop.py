@@ -285,6 +285,7 @@ def test_the_loss_is_of_cosines_whatever_the_text_format(workshop):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_steps_beyond_the_profile_need_no_end_of_it(workshop):
     run = workshop.folder / "late"
     assert workshop.train(run, "--profile.steps", "5:9") == 0
@@ -413,6 +414,7 @@ def test_killed_twice_and_resumed(workshop, long_config, uninterrupted):
     assert_identical(run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_terminated_and_resumed(workshop, long_config, uninterrupted):
     run = workshop.folder / "terminated"
     process = workshop.start(long_config, "--run_dir", run)
@@ -436,6 +438,7 @@ def test_terminated_and_resumed(workshop, long_config, uninterrupted):
     assert_identical(run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_no_earlier_checkpoint(workshop, long_config, uninterrupted):
     run = workshop.folder / "full"
     process = workshop.start(long_config, "--run_dir", run)

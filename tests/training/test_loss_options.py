@@ -129,6 +129,7 @@ def test_what_does_not_go_together(options, kind, source, loss, message):
         options((kind, source), **loss)
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it(workshop, tmp_path, monkeypatch):
     """Graded, scored and plain sources, a learned temperature: metrics, resumption to the same weights, conversion."""
     sources = {"plain": "pairs", "graded": "graded", "taught": "scores"}

@@ -278,6 +278,7 @@ def test_cosent_is_that_of_all_pairs(seed: int, spread: float, distinct: int) ->
     np.testing.assert_allclose(slope, whole, atol=1e-5 * max(np.abs(whole).max(), 1e-3))
 
 
+@pytest.mark.slow
 def test_cosent_on_many_pairs() -> None:
     rng = np.random.default_rng(0)
     scores, grades = rng.uniform(-1, 1, 4096).astype(np.float32), rng.integers(0, 6, 4096).astype(np.float32)

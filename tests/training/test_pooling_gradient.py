@@ -110,7 +110,11 @@ ROLES = {"query": {"prefix": "query: "}, "document": {"prefix": "document: "}, "
 
 @pytest.mark.parametrize(
     ("pooling", "include_prompt", "attention"),
-    [("weighted_mean", True, None), ("mean", False, "bidirectional"), ("first", True, "bidirectional")],
+    [
+        ("mean", False, "bidirectional"),
+        pytest.param("weighted_mean", True, None, marks=pytest.mark.slow),
+        pytest.param("first", True, "bidirectional", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_trains_evaluates_and_exports_alike(
     workshop: Workshop, pooling: str, include_prompt: bool, attention: str | None

@@ -21,6 +21,9 @@ from blooms import random_bloom
 from checkpoints import listing, small_files, stored_bytes
 from runs import SHAPE, Workshop, quick_compilation, write_base  # noqa: F401
 
+pytestmark = pytest.mark.slow
+"""Its ten runs take minutes."""
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
