@@ -60,7 +60,7 @@ def test_a_run_moves_towards_its_teacher(workshop, source):
     )  # fmt: skip
     assert workshop.train("taught", config=config) == 0
     losses = [row["train/loss"] for row in rows_of(workshop.folder / "taught") if "train/loss" in row]
-    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
     rows = [json.loads(line) for line in workshop.data.read_text().splitlines()]
     teacher = np.load(workshop.folder / "anchor.npy")[:, :16]
