@@ -18,9 +18,6 @@ from typing import Any
 
 from common import DATA, Tokenized, machine, read_rows, table
 
-SHAPES = {"560m": (1024, 24, 16), "1b1": (1536, 24, 16), "3b": (2560, 30, 32), "7b1": (4096, 30, 32)}
-"""Dimension, layers and heads of bigscience/bloom-*; their vocabulary table has 250,880 rows."""
-ROWS = 250_880
 MAX_LENGTH = 256
 TEMPERATURE = 0.05
 PEAKS = {"H100": 989e12, "H200": 989e12}
@@ -47,18 +44,27 @@ def tokenizer_of(data: Path) -> Any:
     return TextTokenizer(found, TextFormat(max_length=MAX_LENGTH), special)
 
 
-def useful_operations(shape: str, lengths: Any, trainable: str) -> float:
-    """Operations of a step on real tokens that no implementation can do without: forward, and backward without weight
-    gradients for BitFit, no recomputation.
+def decoder(size: str) -> Any:
+    """The shape of bigscience/bloom-SIZE."""
+    from jaxembed.config import ModelConfig
+    from jaxembed.planning.shapes import decoder_shape
 
-    Of a layer: 24 · dim² a token of products with weights, and 4 · dim · (length + 1) / 2 of causal attention. The last
-    layer counts with keys and values only (4 · dim²), since nothing else of it is needed at most positions.
-    """
-    dim, layers, _ = SHAPES[shape]
-    tokens, attended = float(lengths.sum()), float((lengths * (lengths + 1) / 2).sum())
-    products = tokens * dim**2 * (24 * (layers - 1) + 4)
-    attention = 4 * dim * attended * (layers - 1)
-    return products * (3 if trainable == "full" else 2) + attention * 3
+    return decoder_shape(ModelConfig(path=f"bigscience/bloom-{size}"))[1]
+
+
+def useful_operations(arguments: argparse.Namespace, lengths: Any) -> float:
+    """Of a step: what its tokens cost at least, with nothing computed twice and no padding."""
+    from jaxembed.planning.flops import useful_flops
+
+    return useful_flops(
+        decoder(arguments.shape),
+        float(lengths.sum()),
+        float((lengths.astype(float) ** 2).sum()),
+        len(lengths),
+        arguments.trainable,
+        "last",
+        queries=arguments.pairs,
+    ).total
 
 
 def timed(step: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -87,7 +93,7 @@ def train_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.training.gradient import LossOptions
     from jaxembed.training.step import initial_state, make_optimizer, make_step, put_batch
 
-    dim, layers, heads = SHAPES[arguments.shape]
+    shape = decoder(arguments.shape)
     tokenizer, mesh = tokenizer_of(arguments.data), make_mesh()
     pairs = pairs_of(arguments.data, arguments.pairs)
     ids = tokenizer([query for query, _ in pairs], "query") + tokenizer([text for _, text in pairs], "document")
@@ -96,19 +102,17 @@ def train_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     layout = choose_layout(
         [lengths],
         chips=1,
-        dim=dim,
+        dim=shape.dim,
         chunk_tokens=arguments.chunk_tokens or CHUNK_TOKENS["gpu"],
         row_length=arguments.row_length,
     )
-    family = FAMILIES["bloom"]
-    shape = family.config(vocab_size=ROWS, dim=dim, layers=layers, heads=heads)
-    decoder = random_decoder(family, shape, 0, mesh)
-    graph, trainable, frozen = nnx.split(decoder.model, TRAINABLE[arguments.trainable], ...)
+    model = random_decoder(FAMILIES["bloom"], shape, 0, mesh).model
+    graph, trainable, frozen = nnx.split(model, TRAINABLE[arguments.trainable], ...)
     if arguments.trainable != "full":
         frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), frozen)
-    del decoder
+    del model
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-5, schedule="constant", warmup_ratio=0), 10**6)
-    kernel = arguments.kernel or choose_kernel("auto", jax.devices(), head_dim=dim // heads, dtype=jnp.bfloat16)
+    kernel = arguments.kernel or choose_kernel("auto", jax.devices(), head_dim=shape.head_dim, dtype=jnp.bfloat16)
     options = LossOptions(
         TEMPERATURE,
         dtype=jnp.bfloat16,
@@ -132,7 +136,7 @@ def train_ours(arguments: argparse.Namespace) -> dict[str, Any]:
         with jax.profiler.trace(arguments.trace):
             run()
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    useful = useful_operations(arguments.shape, lengths, arguments.trainable)
+    useful = useful_operations(arguments, lengths)
     tokens = int(lengths.sum())
     return {
         "who": f"jaxembed, {kernel}, {arguments.chunk_checkpoint}/{arguments.layer_checkpoint}, "
@@ -183,7 +187,7 @@ def train_theirs(arguments: argparse.Namespace) -> dict[str, Any]:
         losses.append(value.item())
 
     first, seconds = timed(run, arguments.repeats)
-    useful = useful_operations(arguments.shape, lengths, arguments.trainable)
+    useful = useful_operations(arguments, lengths)
     tokens = int(lengths.sum())
     return {
         "who": f"sentence-transformers, cached {arguments.mini_batch}, autocast bf16",
@@ -257,7 +261,7 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--json", type=Path, help="file that each case's row is added to")
     found.add_argument("--work", choices=("train", "encode"), help="run this one case in this process")
     found.add_argument("--who", choices=("ours", "theirs"), default="ours")
-    found.add_argument("--shape", choices=SHAPES, default="560m")
+    found.add_argument("--shape", choices=("560m", "1b1", "3b", "7b1"), default="560m")
     found.add_argument("--trainable", choices=("full", "bitfit"), default="full")
     found.add_argument("--pairs", type=int, default=1024, help="pairs a step, or whose texts are encoded")
     found.add_argument("--model", type=Path, help="directory of the model that the peer reads, and ours in encoding")
@@ -280,7 +284,8 @@ def make_model(shape: str, directory: Path, data: Path) -> subprocess.Popen[byte
         "to, data, *sizes = sys.argv[1:]; dim, layers, heads, longest, rows = map(int, sizes); "
         "random_bloom(Path(to), Path(data), dim=dim, layers=layers, heads=heads, max_length=longest, rows=rows)"
     )
-    sizes = map(str, (*SHAPES[shape], MAX_LENGTH, ROWS))
+    found = decoder(shape)
+    sizes = map(str, (found.dim, found.layers, found.heads, MAX_LENGTH, found.vocab_size))
     return subprocess.Popen(
         [sys.executable, "-c", code, str(directory), str(data.resolve()), *sizes],
         cwd=Path(__file__).parent,

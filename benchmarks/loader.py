@@ -163,7 +163,15 @@ def reader_rows(pairs: Sequence[tuple[str, str]], directory: Path) -> list[dict[
 def loader_rows(
     pairs: Sequence[tuple[str, str]], arguments: argparse.Namespace, directory: Path
 ) -> list[dict[str, object]]:
-    from jaxembed.data.loader import CHUNK_TOKENS, Batches, choose_layout, iterate, sample_lengths, tokenize_examples
+    from jaxembed.data.loader import (
+        CHUNK_TOKENS,
+        Batches,
+        TextSource,
+        choose_layout,
+        iterate,
+        sample_lengths,
+        tokenize_examples,
+    )
     from jaxembed.data.plan import run_plan
     from jaxembed.data.sources import read_rows as read
     from jaxembed.text.format import TextFormat
@@ -174,7 +182,7 @@ def loader_rows(
     examples = read(directory / "sentence-transformers.jsonl", name="rows")
 
     def tokenize() -> Any:
-        return tokenize_examples([examples], [None], tokenizer, directory / "tokens", 1)
+        return tokenize_examples([TextSource(examples, tokenizer, negatives=1)], directory / "tokens")
 
     start = time.perf_counter()
     tokens = sum(len(cache.tokens) for cache in tokenize()[0].caches)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pytest
-from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -22,13 +20,3 @@ class Bucket(MemoryFileSystem):
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         found = super().info(path, **options)
         return {**found, "mtime": found["created"]} if "created" in found else found
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """Empty."""
-    monkeypatch.setattr(Bucket, "store", {})
-    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
-    found = Bucket(skip_instance_cache=True)
-    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: found)
-    return found

@@ -10,11 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import pytest
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxembed import train
 from jaxembed.__main__ import run_command
@@ -25,24 +22,7 @@ from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe
 from blooms import random_bloom
 
 SHAPE = BloomConfig(vocab_size=264, dim=16, layers=2, heads=2, epsilon=1e-5)
-COMPILED = tempfile.TemporaryDirectory(prefix="jaxembed-compiled-")
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """For modules that import it: half of the time of a tiny run goes into XLA's optimisations.
-
-    Many runs are alike: a program that was compiled once in this process is read from the disk when it is met again.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:

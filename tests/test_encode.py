@@ -18,7 +18,9 @@ from jaxembed import encode
 from jaxembed.__main__ import run_command
 from jaxembed.embedder import Embedder
 
-from runs import ENVIRONMENT, free_port, make_rows, quick_compilation, write_base, write_jsonl  # noqa: F401 (a fixture)
+from runs import ENVIRONMENT, free_port, make_rows, write_base, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

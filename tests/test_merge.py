@@ -10,7 +10,9 @@ from jaxembed.__main__ import run_command
 from jaxembed.embedder import Embedder
 
 from checkpoints import listing, random_weights, write_checkpoint
-from runs import Workshop, quick_compilation  # noqa: F401 (a fixture)
+from runs import Workshop
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def run(*arguments: object) -> int:

@@ -8,7 +8,9 @@ from jaxembed import prepare
 from jaxembed.__main__ import COMMANDS, run_command
 
 from originals import write_all_nli, write_ms_marco
-from runs import Workshop, quick_compilation  # noqa: F401 (a fixture)
+from runs import Workshop
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

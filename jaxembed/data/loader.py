@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -40,6 +40,15 @@ _SAMPLED_BATCHES = 24  # packed at the start to choose the row length and the nu
 _SAMPLED_TEXTS = 400_000  # fewer batches where they have more texts: each is packed for several row lengths
 
 
+class Texts(Protocol):
+    """The token ids of numbered texts: all that the packer asks of them."""
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " texts"]: ...
+
+    def __getitem__(self, text: int, /) -> Int[np.ndarray, " tokens"]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TextTable:
     """The token ids of all texts of a run, from one or several caches, numbered through."""
@@ -62,32 +71,33 @@ class TextTable:
         return np.asarray(self.skipped)[np.searchsorted(self.starts, texts, side="right") - 1]
 
 
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """The examples of a source, and how their texts are read."""
+
+    examples: Examples
+    tokenizer: TextTokenizer
+    roles: tuple[RoleName, RoleName] = ("query", "document")
+    """Of anchors and of documents."""
+    weight: float | None = None
+    """Of the data set."""
+    negatives: int = 0
+    """Hard negatives of a query that are taken."""
+    rotates: bool = False
+    """Whether each pass takes the next ones, so that all its documents are tokenised."""
+
+
 def tokenize_examples(
-    sources: Sequence[Examples],
-    weights: Sequence[float | None],
-    tokenizer: TextTokenizer,
-    cache_dir: str | os.PathLike[str],
-    negatives: int,
-    own: Sequence[tuple[TextTokenizer, tuple[RoleName, RoleName]]] | None = None,
-    limits: Sequence[int] | None = None,
-    rotating: Sequence[bool] | None = None,
+    sources: Sequence[TextSource], cache_dir: str | os.PathLike[str]
 ) -> tuple[TextTable, list[DataSet]]:
     """Every text of the sources as token ids, once, and the data sets as rows of that table.
 
-    Columns of a data set are anchor, positive, then `negatives` hard negatives (−1 where an example has fewer). Texts
-    that lie in a store are read from the disk in batches, those alone that an example names, once however many do.
+    Columns of a data set are anchor, positive, then hard negatives, as many as any source takes (−1 where an example
+    has fewer). Texts that lie in a store are read from the disk in batches, those alone that an example names, once
+    however many do.
 
     Args:
-        sources: what is tokenised.
-        weights: of the data sets.
-        tokenizer: of all sources.
         cache_dir: local folder of the token caches.
-        negatives: columns of hard negatives.
-        own: for each source its tokenizer and the roles of its anchors and of its documents, where they are not
-            `tokenizer`, "query" and "document".
-        limits: for each source how many hard negatives of a query are taken, at most `negatives`.
-        rotating: for each source whether each pass takes the next ones, so that all its documents are tokenised; None:
-            none does.
     """
     caches: list[TokenCache] = []
     skipped: list[int] = []
@@ -102,17 +112,16 @@ def tokenize_examples(
         return numbered - len(cache)
 
     tables: list[Int[np.ndarray, "examples columns"]] = []
-    limits = limits or [negatives] * len(sources)
-    rotating = rotating or [False] * len(sources)
     picked: dict[tuple[str, str, RoleName], list[_Picking]] = {}
-    common: tuple[TextTokenizer, tuple[RoleName, RoleName]] = tokenizer, ("query", "document")
-    readers = own or [common] * len(sources)
-    for source, (reader, roles), limit, rotates in zip(sources, readers, limits, rotating):
-        more = source.more_positives if rotates else None
-        limit = int(source.negative_counts.max(initial=0)) if rotates else limit
-        width = 2 + (limit if rotates else negatives) + (more.rows.shape[1] if more else 0)
-        texts = np.full((len(source), width), -1, np.int64)
-        for part in _text_columns(source, limit, roles, more):
+    negatives = max(source.negatives for source in sources)
+    for source in sources:
+        examples, reader = source.examples, source.tokenizer
+        more, taken, width = None, source.negatives, 2 + negatives
+        if source.rotates:
+            more, taken = examples.more_positives, int(examples.negative_counts.max(initial=0))
+            width = 2 + taken + (more.rows.shape[1] if more else 0)
+        texts = np.full((len(examples), width), -1, np.int64)
+        for part in _text_columns(examples, taken, source.roles, more):
             if isinstance(part.texts, Picked):
                 key = part.texts.store.fingerprint, reader.fingerprint, part.role
                 picked.setdefault(key, []).append(_Picking(part.texts, part, texts, reader))
@@ -143,8 +152,8 @@ def tokenize_examples(
         for part in parts:
             part.table[part.of.examples, part.of.columns] = first + np.searchsorted(named, part.texts.rows)
     data_sets = [
-        _rotating(source, texts, weight, limit, negatives) if rotates else DataSet(source.name, texts, weight)
-        for source, texts, weight, limit, rotates in zip(sources, tables, weights, limits, rotating)
+        _rotating(source, texts, negatives) if source.rotates else DataSet(source.examples.name, texts, source.weight)
+        for source, texts in zip(sources, tables)
     ]
     counts = [len(cache) for cache in caches]
     table = TextTable(
@@ -157,18 +166,16 @@ def tokenize_examples(
     return table, data_sets
 
 
-def _rotating(
-    source: Examples, texts: Int[np.ndarray, "examples columns"], weight: float | None, limit: int, negatives: int
-) -> DataSet:
+def _rotating(source: TextSource, texts: Int[np.ndarray, "examples columns"], negatives: int) -> DataSet:
     """Of anchor, positive, all negatives, further positives."""
-    end = 2 + int(source.negative_counts.max(initial=0))
+    end = 2 + int(source.examples.negative_counts.max(initial=0))
     positives = np.concatenate([texts[:, 1:2], texts[:, end:]], axis=1)
-    rotation = Rotation(positives.astype(np.int32), texts[:, 2:end].astype(np.int32), limit)
+    rotation = Rotation(positives.astype(np.int32), texts[:, 2:end].astype(np.int32), source.negatives)
     first = np.full((len(texts), 2 + negatives), -1, np.int64)
     first[:, 0] = texts[:, 0]
     everyone = np.arange(len(texts))
-    first[:, 1 : 2 + limit] = rotation.texts(everyone, np.zeros_like(everyone))
-    return DataSet(source.name, first, weight, rotation)
+    first[:, 1 : 2 + source.negatives] = rotation.texts(everyone, np.zeros_like(everyone))
+    return DataSet(source.examples.name, first, source.weight, rotation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,7 +415,7 @@ def sample_lengths(
 
 
 def pack_batch(
-    table: TextTable,
+    table: Texts,
     texts: Int[np.ndarray, "examples columns"],
     data_set: Int[np.ndarray, " examples"],
     layout: RowLayout,

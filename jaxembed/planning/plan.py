@@ -15,7 +15,7 @@ from jaxembed.checkpoint.pretrained import abstract_decoder
 from jaxembed.config import TrainConfig, load_config
 from jaxembed.embedder import CALL_TOKENS, embedding_function
 from jaxembed.errors import InputError
-from jaxembed.models import FAMILIES, Family
+from jaxembed.models import Family
 from jaxembed.ops.attention import choose_kernel
 from jaxembed.planning.chips import CHIPS, GIB, Chip
 from jaxembed.planning.compiled import CACHE, Compiled, compile_program
@@ -323,10 +323,9 @@ class _Origin:
         examples, tokenizer = ([], None) if inputs.lengths is not None else read_data(config)
         if config.model.path is not None:
             family, shape = decoder_shape(config.model)
-        elif tokenizer is not None:
-            family, shape = scratch_decoder(config, tokenizer)
         else:
-            family, shape = _scratch_shape(config)
+            tokens = _scratch_tokens(config) if tokenizer is None else tokenizer.vocab_size
+            family, shape = scratch_decoder(config, tokens)
         given = configured_format(config) or DEFAULT_TEXT_FORMAT
         text_format = given if tokenizer is None else tokenizer.text_format
         lengths = inputs.lengths
@@ -338,21 +337,14 @@ class _Origin:
         return _Origin(family, shape, text_format, examples, tokenizer)
 
 
-def _scratch_shape(config: TrainConfig) -> tuple[Family, Any]:
-    """Of a decoder from scratch whose tokenizer is not trained: with as many ids as that is to have."""
+def _scratch_tokens(config: TrainConfig) -> int:
+    """Of a tokenizer that is not read, or not trained yet."""
     scratch = config.model.scratch
     assert scratch is not None
-    vocab_size = scratch.vocab_size or config.tokenizer.train_vocab_size
-    if vocab_size is None:
+    tokens = scratch.vocab_size or config.tokenizer.train_vocab_size
+    if tokens is None:
         raise InputError("model.scratch.vocab_size: with --lengths the tokenizer is not read; say how many ids it has")
-    family = FAMILIES[scratch.family]
-    return family, family.config(
-        vocab_size=-(-vocab_size // 8) * 8,
-        dim=scratch.dim,
-        layers=scratch.layers,
-        heads=scratch.heads,
-        causal=config.model.attention != "bidirectional",
-    )
+    return tokens
 
 
 def _mesh(config: TrainConfig, topology: Topology) -> Mesh:

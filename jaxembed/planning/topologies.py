@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -55,10 +56,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        count = 1
-        for size in self.layout.split("x"):
-            count *= int(size)
-        return count
+        return math.prod(map(int, self.layout.split("x")))
 
     @property
     def devices_of_chip(self) -> int:

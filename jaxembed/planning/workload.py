@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from jaxembed.config import BeirSource, JsonlSource, Source, TrainConfig
-from jaxembed.data.loader import CHUNK_TOKENS, RowLayout, choose_layout, pack_batch, sample_lengths
+from jaxembed.data.loader import RowLayout, pack_batch, sample_lengths
 from jaxembed.data.sources import Examples
 from jaxembed.errors import InputError
 from jaxembed.text.tokenizer import TextTokenizer
-from jaxembed.training.prepare import prepare_batches
+from jaxembed.training.prepare import check_batch_size, prepare_batches, run_layout
 from jaxembed.training.texts import prepare_tokenizer, read_sources
 
 SPREAD = 0.7
@@ -81,7 +81,6 @@ class Workload:
     """Of a batch, on average."""
     squares: float
     """Σ length² over the texts of a batch, on average: what their attention costs."""
-    longest: int
     examples: int | None
     """Of an epoch; None where it is not known."""
     source: str
@@ -103,29 +102,25 @@ class Workload:
         return min(1.0, self.tokens / self.layout.density / self.positions)
 
     @property
-    def shapes(self) -> int:
-        """Steps that the run compiles."""
-        return len(self.layout.chunks)
-
-    @property
     def steps_of_epoch(self) -> int | None:
         return None if self.examples is None else max(1, self.examples // self.queries)
 
 
 def drawn_workload(config: TrainConfig, lengths: Lengths, examples: int | None, *, chips: int, dim: int) -> Workload:
     """Batches of texts with drawn lengths, and as many hard negatives as the config reads."""
-    queries, columns = _queries(config, chips), 2 + configured_negatives(config)
+    check_batch_size(config, chips)
+    queries, columns = config.training.batch_size, 2 + configured_negatives(config)
     texts = queries * columns
     count = max(2, min(_SAMPLED_BATCHES, _SAMPLED_TEXTS // texts))
     batches = [lengths.draw(texts, seed) for seed in range(count)]
-    layout = _layout(config, [np.append(batches[0], lengths.longest), *batches[1:]], chips, dim)
+    layout = run_layout(config, [np.append(batches[0], lengths.longest), *batches[1:]], chips, dim, "tpu")
     fields = pack_batch(
-        _Unread(batches[0]),  # pyright: ignore[reportArgumentType]
+        _Unread(batches[0]),
         np.arange(texts).reshape(columns, queries).T,
         np.zeros(queries, np.int64),
         _largest(layout),
     )
-    return _workload(fields, layout, queries, batches, lengths.longest, examples, str(lengths))
+    return _workload(fields, layout, queries, batches, examples, str(lengths))
 
 
 def data_workload(
@@ -137,7 +132,7 @@ def data_workload(
     fields = dataclasses.replace(batches, layout=_largest(batches.layout))[0]
     return _workload(
         fields, batches.layout, config.training.batch_size, [lengths[0][:-1], *lengths[1:]],
-        int(batches.table.lengths.max()), batches.schedule.steps_per_epoch * config.training.batch_size,
+        batches.schedule.steps_per_epoch * config.training.batch_size,
         "the token cache",
     )  # fmt: skip
 
@@ -174,7 +169,7 @@ def configured_negatives(config: TrainConfig) -> int:
 
 
 class _Unread:
-    """Texts of which the lengths are known alone, in the place of `TextTable`."""
+    """Texts of which the lengths are known alone, whatever their tokens are."""
 
     def __init__(self, lengths: Int[np.ndarray, " texts"]) -> None:
         self.lengths = lengths
@@ -182,30 +177,6 @@ class _Unread:
 
     def __getitem__(self, text: int) -> Int[np.ndarray, " tokens"]:
         return self._zeros[: self.lengths[text]]
-
-
-def _queries(config: TrainConfig, chips: int) -> int:
-    size = config.training.batch_size
-    if size % chips:
-        raise InputError(
-            f"training.batch_size: {size} is not a multiple of the {chips} devices that share the batch "
-            "(mesh.data × mesh.fsdp)"
-        )
-    return size
-
-
-def _layout(config: TrainConfig, batches: Sequence[Int[np.ndarray, " texts"]], chips: int, dim: int) -> RowLayout:
-    longest = max(int(lengths.max()) for lengths in batches)
-    given = config.training.row_length
-    if given is not None and given < longest:
-        raise InputError(
-            f"training.row_length: {given} is shorter than the longest text, {longest} tokens; raise it or lower "
-            "text_format.max_length"
-        )
-    return choose_layout(
-        batches, chips=chips, dim=dim, chunk_tokens=CHUNK_TOKENS["tpu"], row_length=given,
-        chunk_rows=config.training.chunk_rows,
-    )  # fmt: skip
 
 
 def _largest(layout: RowLayout) -> RowLayout:
@@ -217,7 +188,6 @@ def _workload(
     layout: RowLayout,
     queries: int,
     batches: Sequence[Int[np.ndarray, " texts"]],
-    longest: int,
     examples: int | None,
     source: str,
 ) -> Workload:
@@ -228,7 +198,6 @@ def _workload(
         texts=round(float(np.mean([len(lengths) for lengths in batches]))),
         tokens=float(np.mean([lengths.sum() for lengths in batches])),
         squares=float(np.mean([(lengths.astype(np.float64) ** 2).sum() for lengths in batches])),
-        longest=longest,
         examples=examples,
         source=source,
     )

@@ -1,7 +1,6 @@
 """What has to be the same on all hosts of a run, compared before its first step: each reads its own copy."""
 
 import hashlib
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from jaxembed.config import TrainConfig
 from jaxembed.data.loader import Batches
 from jaxembed.data.sources import Examples
 from jaxembed.evaluation.dev_set import DevSet, GradedSet
+from jaxembed.training.report import software_versions
 
-_PACKAGES = ("jaxembed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 _ENDS = 1 << 20  # bytes of a file that are hashed from either end, as for the sources' token caches
 
 
@@ -28,8 +27,7 @@ def agree_on_start(config: TrainConfig) -> None:
     of_each = {"distributed": True, "compile_cache": True, "data": {"cache_dir"}}
     values = config.model_dump(mode="json", exclude=of_each)
     hosts.agree("the config", {key: repr(value) for key, value in _flat(values).items()})
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    hosts.agree("the software", {"python": platform.python_version(), **found})
+    hosts.agree("the software", {"python": platform.python_version(), **software_versions()})
 
 
 def agree_on_data(examples: Sequence[Examples], dev_sets: Sequence[DevSet | GradedSet]) -> None:

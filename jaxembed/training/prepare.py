@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxembed import hosts
 from jaxembed.checkpoint.hub import find_directory
@@ -61,7 +61,7 @@ def prepare_decoder(config: TrainConfig, tokenizer: TextTokenizer, mesh: Mesh, d
             directory, dtype=dtype, mesh=mesh, attention=config.model.attention, progress=hosts.is_main()
         )
     else:
-        decoder = random_decoder(*scratch_decoder(config, tokenizer), config.seed, mesh)
+        decoder = random_decoder(*scratch_decoder(config, tokenizer.vocab_size), config.seed, mesh)
     check_pooling(tokenizer.text_format.pooling, decoder.config.causal)
     return decoder
 
@@ -81,16 +81,18 @@ def prepare_parts(config: TrainConfig, decoder: Decoder, tokenizer: TextTokenize
     return dataclasses.replace(decoder, model=nnx.merge(graph, state))
 
 
-def scratch_decoder(config: TrainConfig, tokenizer: TextTokenizer) -> tuple[Family, Any]:
-    """Family and shape of the decoder that `model.scratch` describes."""
+def scratch_decoder(config: TrainConfig, tokens: int) -> tuple[Family, Any]:
+    """Family and shape of the decoder that `model.scratch` describes, for a tokenizer of so many tokens.
+
+    Raises:
+        InputError: more tokens than the rows that it gives the vocabulary table.
+    """
     scratch = config.model.scratch
     assert scratch is not None
     family = FAMILIES[scratch.family]
-    vocab_size = scratch.vocab_size or -(-tokenizer.vocab_size // 8) * 8
-    if vocab_size < tokenizer.vocab_size:
-        raise InputError(
-            f"model.scratch.vocab_size: {vocab_size:,} rows are too few for {tokenizer.vocab_size:,} tokens"
-        )
+    vocab_size = scratch.vocab_size or -(-tokens // 8) * 8
+    if vocab_size < tokens:
+        raise InputError(f"model.scratch.vocab_size: {vocab_size:,} rows are too few for {tokens:,} tokens")
     shape = family.config(
         vocab_size=vocab_size,
         dim=scratch.dim,
@@ -236,11 +238,7 @@ def prepare_batches(
         InputError: fewer pairs than a batch, or a batch or row length that does not fit mesh and texts.
     """
     chips = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.training.batch_size % chips:
-        raise InputError(
-            f"training.batch_size: {config.training.batch_size} is not a multiple of the {chips} devices "
-            "that share the batch (mesh.data × mesh.fsdp)"
-        )
+    check_batch_size(config, chips)
     teachers = open_teachers(config.data.train, examples, dim)
     table, data_sets = prepare_texts(config, examples, tokenizer)
     schedule = run_plan(
@@ -254,13 +252,47 @@ def prepare_batches(
     )
     texts = np.concatenate([data_set.texts for data_set in data_sets])
     which = np.repeat(np.arange(len(data_sets)), [len(data_set.texts) for data_set in data_sets])
-    longest = int(table.lengths.max())
+    layout = run_layout(config, sample_lengths(schedule, table, texts), chips, dim, platform)
+    rotations = tuple(data_set.rotation for data_set in data_sets)
+    widths = [0 if each is None else each.negatives.shape[1] for each in rotations]
+    scores = _scores(examples, 1 + max(texts.shape[1] - 2, *widths))
+    mine = chips_of_process(mesh) if hosts.count() > 1 else None
+    return Batches(schedule, table, texts, which, layout, tokenizer.pad_id, scores, rotations, teachers, mine)
+
+
+def check_batch_size(config: TrainConfig, chips: int) -> None:
+    """
+    Raises:
+        InputError: the batch is no multiple of the devices that share it.
+    """
+    if config.training.batch_size % chips:
+        raise InputError(
+            f"training.batch_size: {config.training.batch_size} is not a multiple of the {chips} devices "
+            "that share the batch (mesh.data × mesh.fsdp)"
+        )
+
+
+def run_layout(
+    config: TrainConfig,
+    lengths: Sequence[Int[np.ndarray, " texts"]],
+    chips: int,
+    dim: int,
+    platform: str | None = None,
+) -> RowLayout:
+    """The rows of a run, for a sample of batches given as the lengths of their texts, the longest of all among them.
+
+    Args:
+        platform: of the devices; None: the default one's.
+
+    Raises:
+        InputError: the configured rows are too short.
+    """
+    longest = max(int(some.max()) for some in lengths)
     if config.training.row_length is not None and config.training.row_length < longest:
         raise InputError(
             f"training.row_length: {config.training.row_length} is shorter than the longest text, {longest} tokens; "
             "raise it or lower text_format.max_length"
         )
-    lengths = sample_lengths(schedule, table, texts)
     choose = partial(
         choose_layout,
         lengths,
@@ -271,11 +303,7 @@ def prepare_batches(
     layout = choose(row_length=config.training.row_length, chunk_rows=config.training.chunk_rows)
     if layout.density < DENSE:
         logger.warning("%s", _sparse(layout, choose, config.training.chunk_rows))
-    rotations = tuple(data_set.rotation for data_set in data_sets)
-    widths = [0 if each is None else each.negatives.shape[1] for each in rotations]
-    scores = _scores(examples, 1 + max(texts.shape[1] - 2, *widths))
-    mine = chips_of_process(mesh) if hosts.count() > 1 else None
-    return Batches(schedule, table, texts, which, layout, tokenizer.pad_id, scores, rotations, teachers, mine)
+    return layout
 
 
 def _sparse(layout: RowLayout, choose: Callable[..., RowLayout], chunk_rows: int | None) -> str:

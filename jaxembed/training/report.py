@@ -73,7 +73,7 @@ def write_run_files(directory: epath.Path, config: TrainConfig, batches: Batches
         "platform": platform.platform(),
         "devices": [device.device_kind for device in jax.devices()],
         "processes": hosts.count(),
-        "versions": _versions(),
+        "versions": software_versions(),
     }
     (directory / RUN_FILE).write_text(json.dumps(about, indent=2))
     config = config.model_copy(update={"distributed": DistributedConfig()})
@@ -109,7 +109,7 @@ def write_model(
         ],
         weights_hash=embedder.model_hash,
         causal=embedder.decoder.config.causal,
-        versions=_versions(),
+        versions=software_versions(),
     )  # fmt: skip
     found = embedder.save_pretrained(path, card=card, overwrite=True, verify=config.export.verify == "auto")
     if found is not None:
@@ -189,8 +189,9 @@ def print_results(
     print(f"\nmodel: {model}\nrun:   {config.run_dir}")
 
 
-def _versions() -> dict[str, str]:
-    names = ("jaxembed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
+def software_versions() -> dict[str, str]:
+    """Of the packages that a run's numbers depend on."""
+    names = ("jaxembed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
     found = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -59,7 +59,7 @@ def open_run(path: Path) -> Source:
         read_base = functools.partial(_read_base, base, dtype)
     else:
         dtype = np.dtype(np.float32)  # random weights are
-        family, model = scratch_decoder(config, tokenizer)
+        family, model = scratch_decoder(config, tokenizer.vocab_size)
         huggingface_config = model.to_huggingface()
         read_base = functools.partial(_read_random, family, model, config.seed, dtype)
     abstract = _abstract_with_parts(config, family, model, tokenizer)

@@ -24,10 +24,7 @@ from jaxembed.config import (
     TrainingConfig,
 )
 from jaxembed.data.beir import read_beir
-from jaxembed.data.loader import (
-    TextTable,
-    tokenize_examples,
-)
+from jaxembed.data.loader import TextSource, TextTable, tokenize_examples
 from jaxembed.data.plan import DataSet
 from jaxembed.data.python_source import harvest_python
 from jaxembed.data.sources import Examples, read_jsonl, read_rows, summary
@@ -261,15 +258,14 @@ def prepare_texts(
         raise InputError(
             f"training.negatives: {wanted} hard negatives a query, but the sources have {max(held)} at most"
         )
-    limits = []
-    for place, (section, most) in enumerate(zip(sections, held)):
+    sources = []
+    for place, (section, found, most) in enumerate(zip(sections, examples, held)):
         own = section.hard_negatives
         if own is not None and own > most:
             raise InputError(
                 f"data.train.{place}.hard_negatives: {own} hard negatives a query, but {section.name} has {most}"
             )
-        limits.append(own if own is not None else most if wanted is None else min(wanted, most))
-    readers = [source_tokenizer(tokenizer, section, found) for section, found in zip(sections, examples)]
-    weights = [section.weight for section in sections]
-    rotating = [rotates(section, found) for section, found in zip(sections, examples)]
-    return tokenize_examples(examples, weights, tokenizer, cache_dir, max(limits), readers, limits, rotating)
+        taken = own if own is not None else most if wanted is None else min(wanted, most)
+        reader, roles = source_tokenizer(tokenizer, section, found)
+        sources.append(TextSource(found, reader, roles, section.weight, taken, rotates(section, found)))
+    return tokenize_examples(sources, cache_dir)

@@ -22,7 +22,9 @@ from jaxembed.errors import InputError
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT
 
 from checkpoints import stored_bytes
-from runs import Workshop, quick_compilation  # noqa: F401 (a fixture)
+from runs import Workshop
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEXTS = ["a few words", "", "other words, more of them: qx wv", "z"]
 LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]

@@ -16,6 +16,7 @@ from jaxembed.data.known import KnownPositives
 from jaxembed.data.loader import (
     Batches,
     RowLayout,
+    TextSource,
     TextTable,
     choose_layout,
     iterate,
@@ -233,6 +234,13 @@ def test_sampled_lengths_are_those_of_the_batches() -> None:
 TOKENIZER = TextTokenizer(train_byte_level_bpe(["sort a dict"], 300), DEFAULT_TEXT_FORMAT)
 
 
+def read_by(
+    tokenizer: TextTokenizer, sources: list[Examples], negatives: int, weights: list[float | None] | None = None
+) -> list[TextSource]:
+    weights = weights or [None] * len(sources)
+    return [TextSource(one, tokenizer, weight=own, negatives=negatives) for one, own in zip(sources, weights)]
+
+
 def examples_of(name: str, count: int, negatives: int) -> Examples:
     rows = [tuple(f"{name} {n} negative {column}" for column in range(negatives)) for n in range(count)]
     return Examples(
@@ -249,7 +257,7 @@ def examples_of(name: str, count: int, negatives: int) -> Examples:
 @pytest.mark.parametrize("negatives", [0, 1, 3])
 def test_tokenized_examples(tmp_path: Path, negatives: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [examples_of("a", 5, 2), examples_of("b", 4, 0)]
-    table, data_sets = tokenize_examples(sources, [None, 2.0], TOKENIZER, tmp_path, negatives)
+    table, data_sets = tokenize_examples(read_by(TOKENIZER, sources, negatives, [None, 2.0]), tmp_path)
     assert [(found.name, found.weight) for found in data_sets] == [("a", None), ("b", 2.0)]
     for source, found in zip(sources, data_sets):
         assert found.texts.shape == (len(source), 2 + negatives)
@@ -267,7 +275,7 @@ def test_tokenized_examples(tmp_path: Path, negatives: int, monkeypatch: pytest.
                 assert table.lengths[number] == len(ids)
                 assert table.hashes[number] == text_hash(text)
     monkeypatch.setattr(TextTokenizer, "__call__", lambda *_: pytest.fail("tokenised again"))
-    again, same = tokenize_examples(sources, [None, 2.0], TOKENIZER, tmp_path, negatives)
+    again, same = tokenize_examples(read_by(TOKENIZER, sources, negatives, [None, 2.0]), tmp_path)
     np.testing.assert_array_equal(again.hashes, table.hashes)
     for one, other in zip(data_sets, same):
         np.testing.assert_array_equal(one.texts, other.texts)
@@ -276,7 +284,7 @@ def test_tokenized_examples(tmp_path: Path, negatives: int, monkeypatch: pytest.
 def test_sources_of_one_run_do_not_share_columns(tmp_path: Path) -> None:
     """A text in both roles has the ids of each."""
     source = dataclasses.replace(examples_of("a", 2, 0), positives=["a query 0", "x"], anchors=["a query 0", "y"])
-    table, (found,) = tokenize_examples([source], [None], TOKENIZER, tmp_path, 0)
+    table, (found,) = tokenize_examples(read_by(TOKENIZER, [source], 0), tmp_path)
     query, document = (table[int(text)].tolist() for text in found.texts[0])
     assert query != document
     assert table.hashes[found.texts[0, 0]] == table.hashes[found.texts[0, 1]]
@@ -289,7 +297,7 @@ def test_tokens_of_the_prompt_are_not_pooled_where_the_text_format_says_so(tmp_p
     tokenizer = TextTokenizer(train_byte_level_bpe(["sort a dict"], 300), text_format)
     assert tokenizer.skipped("query") > tokenizer.skipped("document") > 0
     sources = [examples_of("a", 6, 2), examples_of("b", 6, 0)]
-    table, data_sets = tokenize_examples(sources, [None, None], tokenizer, tmp_path, 1)
+    table, data_sets = tokenize_examples(read_by(tokenizer, sources, 1), tmp_path)
     texts = np.concatenate([found.texts for found in data_sets])
     which = np.repeat([0, 1], 6)
     schedule = run_plan(data_sets, table.hashes, 4, seed=0, steps=3)
@@ -308,7 +316,7 @@ def test_tokens_of_the_prompt_are_not_pooled_where_the_text_format_says_so(tmp_p
         assert (batch["first"][~used] == -1).all()
     included = TextTokenizer(tokenizer.tokenizer, dataclasses.replace(text_format, include_prompt=True))
     assert included.skipped("query") == included.skipped("document") == 0
-    assert tokenize_examples(sources, [None, None], included, tmp_path, 1)[0].skipped_of(texts) is None
+    assert tokenize_examples(read_by(included, sources, 1), tmp_path)[0].skipped_of(texts) is None
 
 
 def check_codes(batch: dict[str, Any], hashes: np.ndarray, texts: np.ndarray) -> None:
@@ -405,7 +413,7 @@ def test_documents_of_a_store_are_tokenised_once(tmp_path: Path, negatives: int)
         negatives=[tuple(row) for row in sources[0].negatives],
     )
     store.read.clear()
-    table, found = tokenize_examples([*sources, listed], [None] * 3, TOKENIZER, tmp_path, negatives)
+    table, found = tokenize_examples(read_by(TOKENIZER, [*sources, listed], negatives), tmp_path)
     named = np.unique(rows[:, : 1 + negatives])
     # The first and the last are read again, to see that a cache is of these texts.
     assert sorted(store.read) == named[named >= 0].tolist()
@@ -431,7 +439,7 @@ def test_columns_in_memory_are_tokenised_once(tmp_path: Path, monkeypatch: pytes
     )
     texts = ["x", "y", "z"]
     source = Examples("a", ["q"] * 3, texts, [("y", "z"), ("z",), ("x",)], [], {}, "a")
-    table, (found,) = tokenize_examples([source], [None], TOKENIZER, tmp_path, 2)
+    table, (found,) = tokenize_examples(read_by(TOKENIZER, [source], 2), tmp_path)
     assert sorted(asked) == ["q", *texts]
     assert [[table.hashes[text] if text >= 0 else None for text in row[1:]] for row in found.texts] == [
         [text_hash("x"), text_hash("y"), text_hash("z")],
@@ -448,7 +456,9 @@ def test_a_source_may_have_its_own_tokenizer_and_roles(tmp_path: Path) -> None:
     negatives = [tuple(each) for each in picked.negatives]
     listed = dataclasses.replace(picked, fingerprint="l", positives=list(picked.positives), negatives=negatives)
     own = [(TOKENIZER, ("query", "document")), (other, ("query", "query")), (other, ("query", "query"))]
-    table, found = tokenize_examples([picked, picked, listed], [None] * 3, TOKENIZER, tmp_path, 1, own)
+    table, found = tokenize_examples(
+        [TextSource(one, *how, negatives=1) for one, how in zip([picked, picked, listed], own)], tmp_path
+    )
     for data_set, (tokenizer, roles) in zip(found, own):
         for row, anchor, texts in zip(data_set.texts, picked.anchors, rows):
             wanted = [(anchor, roles[0]), *((store[text], roles[1]) for text in texts.tolist())]

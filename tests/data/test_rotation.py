@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxembed.data.loader import Batches, RowLayout, tokenize_examples
+from jaxembed.data.loader import Batches, RowLayout, TextSource, tokenize_examples
 from jaxembed.data.plan import DataSet, Mixing, Rotation, run_plan
 from jaxembed.data.sources import Examples, TextRows
 from jaxembed.data.teacher import TeacherEmbeddings
@@ -131,8 +131,9 @@ def test_batches_have_the_texts_scores_and_embeddings_of_their_pass(tmp_path: Pa
     )  # fmt: skip
     fixed = Examples("b", [f"other {n}" for n in range(8)], [f"answer {n}" for n in range(8)], [], [], {}, "b")
     table, sets = tokenize_examples(
-        [turning, fixed], [None, None], TOKENIZER, tmp_path, 3, limits=[2, 0], rotating=[True, False]
-    )  # fmt: skip
+        [TextSource(turning, TOKENIZER, negatives=2, rotates=True), TextSource(fixed, TOKENIZER, negatives=3)],
+        tmp_path,
+    )
     assert [each.texts.shape for each in sets] == [(12, 5), (8, 5)]
     texts, which = np.concatenate([each.texts for each in sets]), np.repeat([0, 1], [12, 8])
     all_scores = np.full((20, 6), np.nan)

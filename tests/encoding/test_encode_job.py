@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from buckets import Bucket, bucket  # noqa: F401 (a fixture)
 from etils import epath
 from flax import nnx
 
@@ -29,7 +28,10 @@ from jaxembed.encoding.manifest import read_manifest, read_ranges
 from jaxembed.encoding.readers import Fields
 from jaxembed.errors import InputError
 
-from runs import make_rows, quick_compilation, write_base, write_jsonl  # noqa: F401 (a fixture)
+from buckets import Bucket
+from runs import make_rows, write_base, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROWS = [
     {"_id": f"d{number}", "title": row["anchor"] if number % 3 else "", "text": row["positive"]}
@@ -358,7 +360,7 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path, model: Embedder, corpus: 
         encode_corpus(options, load, progress=False)
 
 
-def test_a_bucket(bucket: Bucket, tmp_path: Path, model: Embedder, corpus: Path) -> None:  # noqa: F811
+def test_a_bucket(bucket: Bucket, tmp_path: Path, model: Embedder, corpus: Path) -> None:
     epath.Path("gs://bucket/in").mkdir(parents=True)
     epath.Path("gs://bucket/in/corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
     for format in ("parquet", "npy"):

@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from transformers import get_cosine_schedule_with_warmup
 
 from jaxembed.config import OptimizerConfig
-from jaxembed.data.loader import Batches, choose_layout, sample_lengths, tokenize_examples
+from jaxembed.data.loader import Batches, TextSource, choose_layout, sample_lengths, tokenize_examples
 from jaxembed.data.plan import run_plan
 from jaxembed.data.sources import Examples
 from jaxembed.embedder import Embedder
@@ -26,7 +26,8 @@ from jaxembed.training.gradient import LossOptions
 from jaxembed.training.step import initial_state, make_optimizer, make_step, put_batch
 
 from blooms import random_bloom
-from runs import quick_compilation  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS, WARMUP, BATCH = 50, 5, 16
 TOLERANCE = 1e-3  # relative, at every step
@@ -71,7 +72,9 @@ def our_losses(base, directory, trainable, negatives, chunk_rows):
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     embedder = Embedder.from_pretrained(base, dtype="float32")
     embedder.save_pretrained(directory, verify=False)
-    table, data_sets = tokenize_examples([EXAMPLES], [None], embedder.tokenizer, base / "tokens", negatives)
+    table, data_sets = tokenize_examples(
+        [TextSource(EXAMPLES, embedder.tokenizer, negatives=negatives)], base / "tokens"
+    )
     schedule = run_plan(data_sets, table.hashes, BATCH, seed=0, steps=STEPS)
     texts = data_sets[0].texts
     lengths = sample_lengths(schedule, table, texts)

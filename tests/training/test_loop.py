@@ -22,7 +22,9 @@ from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.config import load_config
 from jaxembed.training import loop
 
-from runs import SHAPE, Workshop, make_rows, quick_compilation, rows_of, write_jsonl  # noqa: F401 (a fixture)
+from runs import SHAPE, Workshop, make_rows, rows_of, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 STEPS = 40
 BIASES = 2 * SHAPE.dim + SHAPE.layers * 11 * SHAPE.dim

@@ -19,7 +19,9 @@ from jaxembed.training.objective import LossOptions, SetLoss
 from jaxembed.training.prepare import loss_options
 
 from checkpoints import stored_bytes
-from runs import Workshop, make_rows, quick_compilation, rows_of, write_jsonl  # noqa: F401 (a fixture)
+from runs import Workshop, make_rows, rows_of, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DIM = 16
 

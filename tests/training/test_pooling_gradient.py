@@ -26,7 +26,9 @@ from jaxembed.training.step import put_batch
 
 from blooms import QUICK, from_torch, in_jax, random_bloom
 from checkpoints import stored_bytes
-from runs import Workshop, make_rows, quick_compilation, write_jsonl  # noqa: F401 (a fixture)
+from runs import Workshop, make_rows, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CAUSAL = BloomConfig(vocab_size=100, dim=32, layers=2, heads=4)
 QUERIES, LONGEST, ROW = 8, 20, 32

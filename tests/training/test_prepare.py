@@ -15,7 +15,9 @@ from jaxembed.training import prepare
 from jaxembed.training.prepare import prepare_batches, prepare_decoder
 from jaxembed.training.texts import prepare_tokenizer, read_sources
 
-from runs import SHAPE, Workshop, make_rows, quick_compilation, write_jsonl  # noqa: F401 (a fixture)
+from runs import SHAPE, Workshop, make_rows, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SCRATCH = {"scratch": {"layers": 2, "dim": 16, "heads": 2}}
 

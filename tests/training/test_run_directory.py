@@ -19,10 +19,10 @@ from jaxembed.text.tokenizer import TextTokenizer
 
 from blooms import random_bloom
 from checkpoints import listing, small_files, stored_bytes
-from runs import SHAPE, Workshop, quick_compilation, write_base  # noqa: F401
+from runs import SHAPE, Workshop, write_base
 
-pytestmark = pytest.mark.slow
-"""Its ten runs take minutes."""
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+"""Ten runs take minutes."""
 
 
 @pytest.fixture(scope="module")

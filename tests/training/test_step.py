@@ -26,7 +26,9 @@ from jaxembed.training.gradient import LossOptions
 from jaxembed.training.step import initial_state, learning_rate, make_optimizer, make_step, put_batch
 
 from blooms import from_torch, random_bloom
-from runs import SHAPE, quick_compilation  # noqa: F401 (a fixture)
+from runs import SHAPE
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def torch_optimizer(rate=1.0):

@@ -13,7 +13,9 @@ from jaxembed.config import load_config
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
 
-from runs import SHAPE, Workshop, quick_compilation, rows_of  # noqa: F401 (a fixture)
+from runs import SHAPE, Workshop, rows_of
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from jaxembed.text.format import DEFAULT_TEXT_FORMAT, TEXT_FORMAT_FILE
 from jaxembed.text.tokenizer import TextTokenizer
 from jaxembed.training.texts import configured_format, prepare_texts, prepare_tokenizer, read_sources
 
-from runs import SHAPE, Workshop, make_rows, quick_compilation, write_jsonl  # noqa: F401 (a fixture)
+from runs import Workshop, make_rows, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SCRATCH = {"scratch": {"layers": 2, "dim": 16, "heads": 2}}
 
