@@ -20,7 +20,7 @@ KEY = "model.attention_kernel"
 LEAST_CAPABILITY = 8.0
 """Of NVIDIA's compute capabilities: the first with bfloat16 and asynchronous copies (Ampere)."""
 LARGEST_HEAD_DIM = 256
-"""That the kernels' tables of block sizes know."""
+"""The widest tile of flash's tables, which only a GPU needs to import."""
 SHORTEST_ROW = 128
 """Rows that are shorter are plain: splash would fill them up to that length."""
 

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxembed.errors import InputError
 from jaxembed.models.bloom import BloomConfig
 from jaxembed.ops.alibi import alibi_slopes
-from jaxembed.ops.attention import attention, choose_kernel
-from jaxembed.ops.kernels.flash import Tiling, Tilings, flash_attention
+from jaxembed.ops.attention import LARGEST_HEAD_DIM, attention, choose_kernel
+from jaxembed.ops.kernels.flash import HALF_TILINGS, SINGLE_TILINGS, Tiling, Tilings, flash_attention
 from jaxembed.ops.kernels.ranges import visible_ranges
 from jaxembed.ops.kernels.splash import bfloat16_parts, splash_attention
 from jaxembed.sharding import make_mesh
@@ -242,3 +242,14 @@ def test_heads_too_wide_for_flash_are_plain() -> None:
 def test_a_kernel_that_does_not_run_here_is_refused(name: str, device: Any, head_dim: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         choose_kernel(name, [device], head_dim=head_dim, dtype=jnp.bfloat16)
+
+
+def test_the_widest_tile_is_known_where_kernels_are_chosen() -> None:
+    assert max(HALF_TILINGS) == max(SINGLE_TILINGS) == LARGEST_HEAD_DIM
+
+
+def test_splash_refuses_rows_whose_places_it_cannot_hold() -> None:
+    q = jax.ShapeDtypeStruct((1, 65_537, 1, 16), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((1, 65_537), jnp.int32)
+    with pytest.raises(InputError, match="rows of up to 65,536 tokens, found 65,537"):
+        jax.eval_shape(splash_attention, q, q, q, segments)

@@ -77,9 +77,6 @@ def tile_width(head_dim: int) -> int:
     return max(16, pl.next_power_of_2(head_dim))
 
 
-LARGEST_HEAD_DIM = max(HALF_TILINGS)
-
-
 def flash_attention(
     q: Float[Array, "rows length heads head_dim"],
     k: Float[Array, "rows length heads head_dim"],
@@ -91,7 +88,7 @@ def flash_attention(
     tilings: Tilings | None = None,
     interpret: bool = False,
 ) -> Float[Array, "rows length heads head_dim"]:
-    """`ops.attention.attention` on GPU, of any length, with head_dim up to `LARGEST_HEAD_DIM`.
+    """`ops.attention.attention` on GPU, of any length, with head_dim up to the widest tile.
 
     Args:
         segments: the text of each token, 0 for padding. A text is one run of its row; a token of padding, which nobody

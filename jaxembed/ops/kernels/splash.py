@@ -16,12 +16,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
+from jaxembed.errors import InputError
 from jaxembed.ops.kernels.ranges import visible_ranges
 
 LANES = 128
 """The kernel takes blocks of keys in multiples of the width of a vector register."""
 LARGEST_BLOCK = 512
 LONGEST_ROW = 65_536
+"""Places beyond have no exact sum of two bfloat16 numbers."""
 
 
 def splash_attention(
@@ -40,7 +42,15 @@ def splash_attention(
         segments: the text of each token, 0 for padding, which nobody reads. A text is one run of its row.
         slopes: ALiBi's, not differentiated.
         interpret: runs the kernels as JAX operations, on any device.
+
+    Raises:
+        InputError: longer rows.
     """
+    if segments.shape[1] > LONGEST_ROW:
+        raise InputError(
+            f"model.attention_kernel: splash takes rows of up to {LONGEST_ROW:,} tokens, found {segments.shape[1]:,}; "
+            "choose plain"
+        )
     length, heads = segments.shape[1], q.shape[2]
     blocks = math.ceil(length / LARGEST_BLOCK)
     block = LANES * math.ceil(length / blocks / LANES)
