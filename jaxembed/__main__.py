@@ -52,6 +52,8 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        # What was interrupted in its making (a progress bar) may complain, with a traceback, when it is collected.
+        sys.unraisablehook = lambda _: None
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit would complain again

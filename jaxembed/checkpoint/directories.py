@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         yield partial
         _rename(partial, target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
 
 
@@ -48,6 +49,16 @@ def refuse_target(target: Path, source: Path, overwrite: bool) -> None:
         raise InputError(f"{target}: is, or holds, the source {source}; choose another directory")
     if not (target / "config.json").is_file() or (target / ".git").exists():
         raise InputError(f"{target}: is no model directory, so it is not overwritten; choose another one")
+
+
+def _remove(partial: Path, patience: float = 5.0) -> None:
+    """Again until it is gone: threads of Orbax may still write into it after one of them has failed."""
+    deadline = time.monotonic() + patience
+    while True:
+        shutil.rmtree(partial, ignore_errors=True)
+        time.sleep(0.05)
+        if not partial.exists() or time.monotonic() > deadline:
+            return
 
 
 def _rename(partial: Path, target: Path) -> None:
