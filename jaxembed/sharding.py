@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -197,9 +198,12 @@ class Chips:
         axes = parameter.axes[-w.ndim :]  # a layer taken from a stack keeps the stack's names
         if "embed" not in axes:
             return w
-        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=axes.index("embed"), tiled=True)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.shape["fsdp"] == 1:
+            return w
+        gather = partial(_gathered, axis=axes.index("embed"))
         split = PartitionSpec(*("tensor" if RULES[axis] == "tensor" else None for axis in axes))
-        if "tensor" not in split or jax.sharding.get_abstract_mesh().shape["tensor"] == 1:
+        if "tensor" not in split or mesh.shape["tensor"] == 1:
             return gather(w)
         # By hand over `tensor` too: the compiler would gather the matrix over it first.
         return jax.shard_map(gather, in_specs=split, out_specs=split, axis_names={"tensor"}, check_vma=False)(w)
@@ -211,6 +215,18 @@ class Chips:
 
     def everyone(self, x: Float[Array, "mine dim"]) -> Float[Array, "all dim"]:
         return jax.lax.all_gather(x, BATCH_AXES, axis=0, tiled=True)
+
+
+def _gathered(shard: Array, axis: int) -> Array:
+    """The whole matrix of which each chip of `fsdp` has a part along an axis.
+
+    That axis goes first, and the gradient, which has the same layout, is laid out so: along its minor dimension the TPU
+    compiler would reduce the whole gradient on every chip, and then slice it.
+    """
+    front = jnp.moveaxis(shard, axis, 0)
+    whole = jax.lax.all_gather(front.reshape(len(front), -1), "fsdp", axis=0, tiled=True)
+    whole = with_layout_constraint(whole, Layout(major_to_minor=(0, 1)))
+    return jnp.moveaxis(whole.reshape(-1, *front.shape[1:]), 0, axis)
 
 
 def compute_dtype(name: str, devices: list[Any] | None = None) -> Any:

@@ -25,7 +25,7 @@ from jaxembed.sharding import Alone, Hooks
 
 
 def _all_but_moved(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in ("all_gather", "slice", "squeeze", "reshape", "transpose")
+    return primitive.name not in ("all_gather", "layout_constraint", "slice", "squeeze", "reshape", "transpose")
 
 
 LAYER_CHECKPOINTS: Mapping[str, Any] = {

@@ -78,8 +78,8 @@ def compile_program(traced: Any, topology: Topology, mesh: Mesh, directory: str 
     lowered = traced.lower()
     folder = None if directory is None else Path(directory).expanduser()
     path = None if folder is None else folder / f"{program_hash(lowered, topology)}.json"
-    if path is not None and path.exists():
-        return _read(path)
+    if path is not None and (known := _read(path)) is not None:
+        return known
     logger.info("compiling for %s: a minute or two on an idle machine", topology)
     start = time.perf_counter()
     try:
@@ -160,11 +160,18 @@ def _write(path: Path, found: Compiled, topology: Topology) -> None:
     os.replace(temporary, path)
 
 
-def _read(path: Path) -> Compiled:
-    values = json.loads(path.read_text())
-    del values["topology"]
-    moved = tuple(Moved(**{**each, "axes": tuple(each["axes"])}) for each in values.pop("moved"))
-    return Compiled(**values, moved=moved)
+def _read(path: Path) -> Compiled | None:
+    """None where there is nothing, or nothing that can be read: then it is compiled again."""
+    try:
+        values = json.loads(path.read_text())
+        del values["topology"]
+        moved = tuple(Moved(**{**each, "axes": tuple(each["axes"])}) for each in values.pop("moved"))
+        return Compiled(**values, moved=moved)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s: cannot be read (%s); compiling again", path, error)
+        return None
 
 
 def _version(name: str) -> str:

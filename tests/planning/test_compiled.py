@@ -77,3 +77,15 @@ def test_what_was_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         len({other, program_hash(traced().lower(), V5E), program_hash(traced().lower(), find_topology("v6e-8"))}) == 3
     )
     assert dataclasses.replace(again, moved=()) == Compiled(**{**dataclasses.asdict(first), "moved": ()})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"topology": "x", "moved": []}'])
+def test_what_was_kept_is_damaged(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    mesh = make_mesh()
+    first = compile_program(traced(), V5E, mesh, str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    again = compile_program(traced(), V5E, mesh, str(tmp_path))
+    assert again.total == first.total
+    assert f"{path}: cannot be read" in caplog.text
+    assert path.read_text() != text
