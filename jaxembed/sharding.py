@@ -217,16 +217,29 @@ class Chips:
         return jax.lax.all_gather(x, BATCH_AXES, axis=0, tiled=True)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(shard: Array, axis: int) -> Array:
-    """The whole matrix of which each chip of `fsdp` has a part along an axis.
+    """The whole matrix of which each chip of `fsdp` has a part along an axis."""
+    return jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True)
 
-    That axis goes first, and the gradient, which has the same layout, is laid out so: along its minor dimension the TPU
-    compiler would reduce the whole gradient on every chip, and then slice it.
+
+def _keep_nothing(shard: Array, axis: int) -> tuple[Array, None]:
+    return _gathered(shard, axis), None
+
+
+def _scattered(axis: int, _: None, gradient: Array) -> tuple[Array]:
+    """This chip's part of the sum of gradients.
+
+    That axis goes first, and the rest is laid out behind it: along the minor dimension the TPU compiler would sum the
+    whole gradient on every chip, and then slice it.
     """
-    front = jnp.moveaxis(shard, axis, 0)
-    whole = jax.lax.all_gather(front.reshape(len(front), -1), "fsdp", axis=0, tiled=True)
-    whole = with_layout_constraint(whole, Layout(major_to_minor=(0, 1)))
-    return jnp.moveaxis(whole.reshape(-1, *front.shape[1:]), 0, axis)
+    front = jnp.moveaxis(gradient, axis, 0)
+    rows = with_layout_constraint(front.reshape(len(front), -1), Layout(major_to_minor=(0, 1)))
+    part = jax.lax.psum_scatter(rows, "fsdp", scatter_dimension=0, tiled=True)
+    return (jnp.moveaxis(part.reshape(-1, *front.shape[1:]), 0, axis),)
+
+
+_gathered.defvjp(_keep_nothing, _scattered)
 
 
 def compute_dtype(name: str, devices: list[Any] | None = None) -> Any:

@@ -269,7 +269,7 @@ def test_a_weight_moves_in_the_dtype_of_the_computation(model: Bloom) -> None:
         check_vma=False,
     )
     text = str(jax.make_jaxpr(gather)(model.table))
-    assert "bf16[32,50] = all_gather" in text
+    assert "bf16[50,32] = all_gather" in text
 
 
 def test_named_shardings_reach_into_any_tree() -> None:

@@ -24,8 +24,12 @@ from jaxembed.ops.pooling import take_positions
 from jaxembed.sharding import Alone, Hooks
 
 
+_MOVED = frozenset({"all_gather", "custom_vjp_call", "slice", "squeeze", "reshape", "transpose"})
+"""What gathers weights (one that does not train by a rule of its own), or cuts them out of what was gathered."""
+
+
 def _all_but_moved(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in ("all_gather", "layout_constraint", "slice", "squeeze", "reshape", "transpose")
+    return primitive.name not in _MOVED
 
 
 LAYER_CHECKPOINTS: Mapping[str, Any] = {
