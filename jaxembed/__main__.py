@@ -20,6 +20,8 @@ COMMANDS = {
     "convert": "convert a model between Hugging Face, sentence-transformers and Orbax directories",
     "prepare": "build the data sets and the token cache that a config needs",
     "encode": "embed a corpus of any size, into shards of Parquet or .npy",
+    "search": "find the texts of a corpus that are nearest to a query",
+    "evaluate": "score a model on mteb's tasks and on local files, with a report",
     "plan": "whether a run fits on a TPU slice, and what it costs at least, without a TPU",
     "mine": "mine hard negatives for pairs with a model",
     "merge": "merge models: weighted average, or slerp of two",
@@ -59,6 +61,11 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
     except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        print("error: gs:// needs gcsfs: pip install 'jaxembed[gcs]'", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

@@ -51,6 +51,16 @@ RowFormat = Literal[
     "labelled",
     "nli",
 ]
+TaskKind = Literal[
+    "retrieval",
+    "code_search",
+    "sts",
+    "pairs",
+    "classification",
+    "clustering",
+    "reranking",
+    "bitext",
+]
 
 
 class _Section(BaseModel):
@@ -405,7 +415,47 @@ class TfdsSource(_SourceSection):
     split: _Text = Field(default="train", description="examples taken, in tfds' notation such as train[:1000]")
 
 
+class TaskSource(_Section):
+    """A local task, as `python -m jaxembed.evaluate` has it: retrieval, STS or classification."""
+
+    kind: Literal["task"] = Field(description="local task: folder or file, recognised by what is in it")
+    name: _Name = Field(description="name of the task in logs and metrics: letters, digits, . _ -")
+    path: _FilePath = Field(description="BEIR folder, folder of labelled texts, or file of rows")
+    task: TaskKind | None = Field(
+        default=None,
+        description="kind of task; null = as folder or keys say; retrieval, code_search, sts and "
+        "classification can be dev tasks",
+    )
+    train: _FilePath | None = Field(default=None, description="file of labelled texts to learn from")
+    split: _Text | None = Field(
+        default=None, description="of a folder; null = the first of test, dev, validation, val that is there"
+    )
+    corpus: _FilePath | None = Field(default=None, description="documents; null = found beside the others")
+    queries: _FilePath | None = Field(default=None, description="queries; null = found in the folder")
+    qrels: _FilePath | None = Field(default=None, description="judgements; null = found in the folder")
+    anchor: _Text | None = Field(default=None, description="column of a pair's first text; null = by the keys")
+    positive: _Text | None = Field(default=None, description="column of a pair's second text")
+    score: _Text | None = Field(default=None, description="column of a pair's grade")
+    text: _Text | None = Field(default=None, description="column of labelled texts; null = text")
+    label: _Text | None = Field(default=None, description="column of their labels; null = label")
+    format: RowFormat | None = Field(default=None, description="format of the rows; null = by the keys")
+    only: _Text | None = Field(default=None, description="COLUMN=VALUE of the rows that are read; null = all")
+    query_instruction: str | None = Field(
+        default=None,
+        description="instruction of queries and all texts that are no documents; null = that of text_format",
+    )
+    document_instruction: str | None = Field(
+        default=None, description="instruction of documents; null = that of text_format"
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of `read_task` that the section has."""
+        own = {"kind", "path", "task", "query_instruction", "document_instruction"}
+        return {"kind": self.task, **self.model_dump(exclude=own)}
+
+
 Source = Annotated[JsonlSource | BeirSource | PythonSource | TfdsSource, Field(discriminator="kind")]
+DevSource = Annotated[JsonlSource | BeirSource | PythonSource | TfdsSource | TaskSource, Field(discriminator="kind")]
 
 
 class DataConfig(_Section):
@@ -414,7 +464,10 @@ class DataConfig(_Section):
     train: Annotated[list[Source], Field(min_length=1)] = Field(
         description="sources trained on; N is a place in the list, from 0"
     )
-    dev: list[Source] = Field(default=[], description="sources that the run is evaluated on; keys as in data.train")
+    dev: list[DevSource] = Field(
+        default=[],
+        description="sources that the run is evaluated on, keys as in data.train; or local tasks, kind: task",
+    )
     batches: Literal["mixed", "homogeneous"] = Field(
         default="mixed", description="pairs of all sources in every batch, or each batch from one source"
     )
@@ -687,7 +740,7 @@ class CheckpointConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """Retrieval on `data.dev`."""
+    """On `data.dev`."""
 
     every_steps: _Count | None = Field(
         default=None, description="steps between evaluations; null = before and after only"
@@ -698,12 +751,27 @@ class EvaluationConfig(_Section):
     )
     bm25: bool = Field(default=True, description="report BM25 on the same pairs beside it")
     searches: list[_Text] = Field(default=[], description="queries whose best hits are printed at the end")
+    best_metric: str | None = Field(
+        default=None,
+        description="NAME/METRIC of a dev set, such as stsb/spearman, by which the best evaluated state is kept in "
+        "best/ of the run directory; null = none",
+    )
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> EvaluationConfig:
+        if self.best_metric is not None and self.every_steps is None:
+            raise ValueError("best_metric needs every_steps: without it there is the last state only")
+        return self
 
 
 class ExportConfig(_Section):
     """The sentence-transformers directory written at the end."""
 
-    path: _FilePath | None = Field(default=None, description="where to; null = model/ in run_dir")
+    path: _FilePath | None = Field(default=None, description="where to, local or gs://; null = model/ in run_dir")
+    checkpoint: Literal["best", "last"] | None = Field(
+        default=None,
+        description="state that is exported; null = the best one where evaluation.best_metric is given, else the last",
+    )
     verify: Literal["auto", "off"] = Field(
         default="auto",
         description="reload it in sentence-transformers and compare: where that is installed, or not at all",
@@ -782,6 +850,21 @@ class TrainConfig(_Section):
             if section and filled.get(name) is None:
                 filled[name] = {}
         return filled
+
+    @model_validator(mode="after")
+    def _best_metric_is_of_a_dev_set(self) -> TrainConfig:
+        if self.evaluation.best_metric is None:
+            if self.export.checkpoint == "best":
+                raise ValueError("export.checkpoint: best needs evaluation.best_metric")
+            return self
+        names = [source.name for source in self.data.dev]
+        name, slash, _ = self.evaluation.best_metric.rpartition("/")
+        if not slash or name not in names:
+            raise ValueError(
+                "evaluation.best_metric: expected NAME/METRIC with the name of a source in data.dev "
+                f'({", ".join(names) or "there is none"}), found "{self.evaluation.best_metric}"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _tokenizer_fits_model(self) -> TrainConfig:

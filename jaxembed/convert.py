@@ -25,14 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses, converts, prints the summary; returns the exit status: 1 where `--verify` finds a difference."""
     arguments = _parser().parse_args(argv)
     max_shard_bytes = size_in_bytes(arguments.max_shard_size)
-    target = Path(arguments.target).expanduser()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
     import jax  # this and what follows take seconds to import
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, and is of no use here
     from jaxembed.checkpoint.convert import Container, convert, open_source, plan_conversion
-    from jaxembed.checkpoint.directories import refuse_target
+    from jaxembed.checkpoint.directories import model_path, refuse_target
     from jaxembed.checkpoint.export import ExportError
     from jaxembed.checkpoint.hub import find_directory
     from jaxembed.checkpoint.orbax import CheckpointError
@@ -41,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     text_format = None if arguments.text_format is None else read_text_format_file(arguments.text_format)
     path = find_directory(arguments.source, revision=arguments.revision)
+    target = model_path(arguments.target)
     refuse_target(target, path, arguments.overwrite)
     source = open_run(path) if is_run(path) else open_source(path)
     export: Container = "sentence-transformers"
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "(merged into its base), or the directory of a training run (its base with the trained part of the newest "
         "checkpoint)",
     )
-    parser.add_argument("target", metavar="TARGET", help="the directory to write")
+    parser.add_argument("target", metavar="TARGET", help="the directory to write, local or gs://")
     parser.add_argument(
         "--to",
         choices=CONTAINERS,

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Num
 from tqdm import tqdm
 
 from jaxembed import hosts
+from jaxembed.checkpoint.directories import Uploads, download, model_path
 from jaxembed.checkpoint.export import (
     Verification,
     can_verify,
@@ -176,10 +177,11 @@ class Embedder:
     def model_hash(self) -> str:
         """SHA-256 of the decoder's weights (`WeightsHash`), as they are in the checkpoint, whatever they were cast to.
 
-        The same for a Hugging Face directory, its Orbax form and every other container of the same tensors.
+        The same for a Hugging Face directory, its Orbax form and every other container of the same tensors. Of several
+        processes that share the mesh each has to ask.
         """
-        if self._hash is None:
-            self._hash = self._held_hash()
+        if not isinstance(self._hash, str):
+            self._hash = self._held_hash() if self._hash is None else self._hash()
         return self._hash
 
     def replace_state(self, state: nnx.State) -> None:
@@ -300,8 +302,10 @@ class Embedder:
 
         Weights are written in the dtype in which they are held, `config.json` with the keys that it was read with. Of
         several processes that share the mesh each makes this call; process 0 gathers, tensor by tensor, and writes.
+        In a bucket each process writes some files of the weights, by way of a temporary directory.
 
         Args:
+            path: local, or in a bucket (`gs://…`).
             card: its README.md; None writes a short one.
             overwrite: replaces the model that is at `path`.
             verify: where sentence-transformers is installed, loads the directory there and compares.
@@ -310,18 +314,26 @@ class Embedder:
             The comparison, None where sentence-transformers is not installed or `verify` is off.
 
         Raises:
-            InputError: `path` is not empty and `overwrite` is off, or it holds more than a model, or is no local path.
+            InputError: `path` is not empty and `overwrite` is off, or it holds more than a model.
             ExportError: sentence-transformers reads the directory differently.
         """
-        if "://" in os.fspath(path):
-            raise InputError(f"{path}: a model is saved to a local directory; save it there, then copy it")
-        path = Path(path).expanduser().absolute()
+        path = model_path(path)
+        if isinstance(path, Path):
+            path = path.absolute()
         decoder = self.decoder
         rules = decoder.family.weight_map(decoder.config)
         dtypes = {leaf.dtype for leaf in jax.tree.leaves(self._state)}
 
         def write_weights(directory: str | os.PathLike[str]) -> None:
-            write_safetensors(directory, *iter_huggingface(self._flat_state(), rules, decoder.config.layers))
+            weights = iter_huggingface(self._flat_state(), rules, decoder.config.layers)
+            if isinstance(path, Path):
+                write_safetensors(directory, *weights)
+                return
+            hosts.barrier("the bucket is ready")
+            number, writers = jax.process_index() % hosts.count(), hosts.count()
+            with Uploads(path) as uploads:
+                write_safetensors(directory, *weights, take=uploads, writer=number, writers=writers)
+            hosts.barrier("the bucket has the weights")
 
         card = card or self._card(path.name)
         if hosts.is_main():
@@ -334,6 +346,9 @@ class Embedder:
                 model_card=card,
                 overwrite=overwrite,
             )
+        elif not isinstance(path, Path):
+            with tempfile.TemporaryDirectory(prefix="jaxembed-") as scratch:
+                write_weights(scratch)
         else:  # its parts of each tensor go to process 0
             deque(iter_huggingface(self._flat_state(), rules, decoder.config.layers)[1], maxlen=0)
         if not hosts.anyone("verify", verify and hosts.is_main() and can_verify()):
@@ -346,7 +361,11 @@ class Embedder:
             return plain.encode(texts, role)
 
         if hosts.is_main():
-            return verify_export(path, encode, self.tokenizer)
+            if isinstance(path, Path):
+                return verify_export(path, encode, self.tokenizer)
+            with tempfile.TemporaryDirectory(prefix="jaxembed-") as scratch:
+                download(path, Path(scratch))
+                return verify_export(scratch, encode, self.tokenizer, os.fspath(path))
         for role in ROLES:
             encode(edge_texts(self.text_format), role)
         return None

@@ -63,6 +63,7 @@ def _prepare_config(config: TrainConfig) -> None:
     import jax  # this and what follows take seconds to import
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, and is of no use here
+    from jaxembed.training.dev import read_dev_sets
     from jaxembed.training.texts import prepare_texts, prepare_tokenizer, read_sources
 
     for source in (*config.data.train, *config.data.dev):
@@ -71,7 +72,7 @@ def _prepare_config(config: TrainConfig) -> None:
 
             prepare_dataset(source.dataset, data_dir=source.data_dir, manual_dir=source.manual_dir)
     examples = read_sources(config.data.train, config.data)
-    read_sources(config.data.dev, config.data)
+    read_dev_sets(config)
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = prepare_tokenizer(config, examples, epath.Path(directory))
     table, _ = prepare_texts(config, examples, tokenizer)

@@ -18,6 +18,8 @@ def echo(monkeypatch):
             raise InputError("config.yaml:3: loss.temperature: expected a number greater than 0, found -1")
         if argv == ["bug"]:
             raise RuntimeError("a bug")
+        if argv == ["bucket"]:
+            raise ImportError("Please install gcsfs to access Google Storage")
         return len(argv)
 
     module = types.ModuleType("jaxembed.echo")
@@ -36,6 +38,11 @@ def test_an_input_error_is_its_message_and_status_2(echo, capsys):
     assert capsys.readouterr().err == (
         "error: config.yaml:3: loss.temperature: expected a number greater than 0, found -1\n"
     )
+
+
+def test_a_bucket_without_gcsfs_says_what_to_install(echo, capsys):
+    assert script.main(["echo", "bucket"]) == 2
+    assert capsys.readouterr().err == "error: gs:// needs gcsfs: pip install 'jaxembed[gcs]'\n"
 
 
 def test_any_other_error_keeps_its_traceback(echo):

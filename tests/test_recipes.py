@@ -38,7 +38,8 @@ def check(name: str, *overrides: object) -> int:
 
 
 def test_all_recipes_are_here() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, "quickstart", "your-code", "your-pairs"}
+    others = {"quickstart", "reproduce-udever", "your-code", "your-pairs"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, *others}
 
 
 @pytest.mark.parametrize("name", PAPER)

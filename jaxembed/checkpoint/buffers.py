@@ -40,12 +40,15 @@ class Buffers:
 
     def give(self, array: np.ndarray) -> None:
         """Takes back what `take` gave, by any view of it; nobody may look at it any more. Other memory is ignored."""
-        owner = array
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
+        owner = _owner(array)
         with self._lock:
             if self._taken.pop(id(owner), None) is not None and owner.nbytes <= _LARGEST_KEPT:
                 self._free.append(owner)
+
+    def leave(self, array: np.ndarray) -> None:
+        """What `take` gave stays with who has it, and goes when nobody looks at it any more."""
+        with self._lock:
+            self._taken.pop(id(_owner(array)), None)
 
 
 def read_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
@@ -55,6 +58,12 @@ def read_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
         while (item := coming.result()) is not None:
             coming = reader.submit(next, items, None)
             yield item
+
+
+def _owner(array: np.ndarray) -> np.ndarray:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def _room(buffer: np.ndarray) -> int:

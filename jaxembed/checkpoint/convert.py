@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import jaxembed
 from jaxembed.checkpoint.buffers import Buffers, read_ahead
-from jaxembed.checkpoint.directories import new_directory, refuse_target
+from jaxembed.checkpoint.directories import ModelPath, Uploads, new_directory, refuse_target
 from jaxembed.checkpoint.export import exported_config, is_causal, write_description
 from jaxembed.checkpoint.huggingface import (
     WEIGHT_DTYPES,
@@ -130,7 +130,7 @@ class Conversion:
 class Summary:
     """What was written."""
 
-    target: Path
+    target: ModelPath
     tensors: int
     nbytes: int
     dtypes: Sequence[str]
@@ -240,7 +240,7 @@ def plan_conversion(source: Source, to: Container, dtype: np.dtype[Any] | None =
 
 def convert(
     conversion: Conversion,
-    target: Path,
+    target: ModelPath,
     *,
     text_format: TextFormat | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -249,6 +249,9 @@ def convert(
     progress: bool = True,
 ) -> Summary:
     """Writes the target; it bears its name only when it is whole, and verified where that is asked for.
+
+    What goes to a bucket is in a temporary directory first: a file of weights at a time, or, where it is verified or is
+    an Orbax directory, all of it.
 
     Args:
         text_format: of a sentence-transformers directory; None: the source's own.
@@ -275,8 +278,13 @@ def convert(
         ):
             if to == "orbax":
                 _write_orbax(partial, conversion, passing)
-            else:
+            elif isinstance(target, Path) or verify is not None:
                 write_safetensors(partial, conversion.specs, passing.all(), max_shard_bytes=max_shard_bytes)
+            else:
+                with Uploads(target) as uploads:
+                    write_safetensors(
+                        partial, conversion.specs, passing.all(), max_shard_bytes=max_shard_bytes, take=uploads
+                    )
         weights_hash = found.hexdigest()
         unchanged = all(spec.dtype == source.tensors[name].dtype for spec, name in zip(conversion.specs, passing.names))
         if source.weights_hash is not None and unchanged and weights_hash != source.weights_hash:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxembed.checkpoint.directories import new_directory
+from jaxembed.checkpoint.directories import ModelPath, is_incomplete, model_path, new_directory
 from jaxembed.errors import InputError
 from jaxembed.text.format import (
     DEFAULT_TEXT_FORMAT,
@@ -83,10 +83,10 @@ def write_sentence_transformers(
     model_card: str | Callable[[], str],
     tokenizer_class: str = "BloomTokenizerFast",
     overwrite: bool = False,
-) -> Path:
-    """Writes a sentence-transformers directory; returns its path.
+) -> ModelPath:
+    """Writes a sentence-transformers directory, local or in a bucket; returns its path.
 
-    Everything is written to a directory beside it that gets the name at the end, so that what bears the name is whole.
+    Everything is written by `new_directory`, so that what bears the name is whole.
 
     Args:
         huggingface_config: `config.json`; `hidden_size` (or `n_embed`) is the embeddings' width.
@@ -100,7 +100,7 @@ def write_sentence_transformers(
     Raises:
         InputError: the directory is there and not empty, and `overwrite` is False or it holds something else.
     """
-    target = Path(directory).absolute()
+    target = model_path(directory)
     refuse_existing(target, overwrite)
     with new_directory(target) as partial:
         write_weights(partial)
@@ -185,12 +185,14 @@ def verify_export(
     directory: str | os.PathLike[str],
     encode: Callable[[list[str], RoleName], Float[np.ndarray, "texts dim"]],
     tokenize: Callable[[list[str], RoleName], list[np.ndarray]],
+    name: str | None = None,
 ) -> Verification | None:
     """Loads an exported model in sentence-transformers (CPU, float32) and compares ids and embeddings on edge texts.
 
     Args:
         encode: our embeddings of texts in a role, computed in float32 from the weights in the directory.
         tokenize: our token ids of texts in a role.
+        name: of the directory, in errors.
 
     Returns:
         The largest difference, or None where sentence-transformers is not installed.
@@ -203,6 +205,7 @@ def verify_export(
     import torch
     from sentence_transformers import SentenceTransformer
 
+    where = name or os.fspath(directory)
     reader = f"sentence-transformers {importlib.metadata.version('sentence-transformers')}"
     try:
         model = SentenceTransformer(
@@ -210,7 +213,7 @@ def verify_export(
         )
     except ImportError as error:  # what the export requires is newer than what is installed
         why = " ".join(str(error).split())
-        raise ExportError(f"{directory}: cannot be verified, {reader} refuses it here: {why}") from error
+        raise ExportError(f"{where}: cannot be verified, {reader} refuses it here: {why}") from error
     text_format = read_text_format(directory)
     texts = edge_texts(text_format)
     for role in ROLES:
@@ -219,7 +222,7 @@ def verify_export(
         theirs = [ids[mask].tolist() for ids, mask in zip(features["input_ids"], masks)]
         for text, our_ids, their_ids in zip(texts, tokenize(texts, role), theirs):
             if our_ids.tolist() != their_ids:
-                raise ExportError(_ids_differ(directory, reader, role, text, our_ids.tolist(), their_ids))
+                raise ExportError(_ids_differ(where, reader, role, text, our_ids.tolist(), their_ids))
 
     worst: tuple[float, str, RoleName] = (0.0, texts[0], ROLES[0])
     encoders = {"query": model.encode_query, "document": model.encode_document}
@@ -229,14 +232,14 @@ def verify_export(
         ours = np.asarray(encode(texts, role), np.float32)
         if ours.shape != theirs.shape:
             raise ExportError(
-                f"{directory}: {reader} gives embeddings of shape {theirs.shape}, jaxembed {ours.shape}; role {role}"
+                f"{where}: {reader} gives embeddings of shape {theirs.shape}, jaxembed {ours.shape}; role {role}"
             )
         lengths = np.maximum(np.linalg.norm(theirs, axis=-1), np.finfo(np.float32).tiny)
         differences = np.abs(ours - theirs).max(axis=-1) / lengths
         for text, difference in zip(texts, differences.tolist()):
             if not difference <= TOLERANCE:  # also where it is NaN
                 raise ExportError(
-                    f"{directory}: {reader} gives another embedding than jaxembed: largest difference "
+                    f"{where}: {reader} gives another embedding than jaxembed: largest difference "
                     f"{difference:.1e}, allowed {TOLERANCE:.0e}; role {role}, text {_shown(text)}"
                 )
             worst = max(worst, (difference, text, role), key=lambda each: each[0])
@@ -256,13 +259,13 @@ def edge_texts(text_format: TextFormat) -> list[str]:
     return texts
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
+def refuse_existing(target: ModelPath, overwrite: bool) -> None:
     """Refuses a directory that `write_sentence_transformers` would refuse.
 
     Raises:
         InputError: it is there and not empty, and `overwrite` is False or it holds something else than a model.
     """
-    if not target.exists():
+    if not target.exists() or is_incomplete(target):
         return
     if not target.is_dir():
         raise InputError(f"{target}: is a file; a model is written as a directory")
@@ -399,12 +402,10 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "…")
 
 
-def _ids_differ(
-    directory: str | os.PathLike[str], reader: str, role: str, text: str, ours: Sequence[int], theirs: Sequence[int]
-) -> str:
+def _ids_differ(where: str, reader: str, role: str, text: str, ours: Sequence[int], theirs: Sequence[int]) -> str:
     first = next((place for place, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
     window = slice(max(first - 2, 0), first + 3)
     return (
-        f"{directory}: {reader} tokenises otherwise than jaxembed: {len(theirs)} and {len(ours)} ids, the first "
+        f"{where}: {reader} tokenises otherwise than jaxembed: {len(theirs)} and {len(ours)} ids, the first "
         f"difference at {first}: {theirs[window]} and {ours[window]}; role {role}, text {_shown(text)}"
     )

@@ -76,6 +76,26 @@ def open_weights(directory: str | os.PathLike[str]) -> Mapping[str, StoredTensor
     return open_tensors(directory)
 
 
+def open_checked(
+    directory: str | os.PathLike[str],
+    abstract_state: Mapping[ParameterPath, ShapeDtype],
+    weight_map: Sequence[WeightRule],
+    layers: int,
+    *,
+    prefixes: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+) -> tuple[Mapping[str, StoredTensor], Plan]:
+    """The tensors of a directory and what becomes of each.
+
+    Raises:
+        InputError: as `load_weights`; no tensor is read.
+    """
+    refs = open_weights(directory)
+    plan = resolve(refs, weight_map, layers, prefixes=prefixes, ignored=ignored, where=str(directory))
+    check_weights(plan, refs, abstract_state, layers)
+    return refs, plan
+
+
 def load_weights(
     directory: str | os.PathLike[str],
     abstract_state: Mapping[ParameterPath, ShapeDtype],
@@ -99,9 +119,7 @@ def load_weights(
     Raises `InputError` for damaged files, for tensors that are missing or too many, and for a wrong shape or dtype,
     before any tensor is read.
     """
-    refs = open_weights(directory)
-    plan = resolve(refs, weight_map, layers, prefixes=prefixes, ignored=ignored, where=str(directory))
-    check_weights(plan, refs, abstract_state, layers)
+    refs, plan = open_checked(directory, abstract_state, weight_map, layers, prefixes=prefixes, ignored=ignored)
     state = {
         path: np.empty(like.shape, np.dtype(like.dtype if dtype is None else dtype))
         for path, like in abstract_state.items()
@@ -198,6 +216,15 @@ class WeightsHash:
     def add(self, name: str, array: np.ndarray) -> None:
         """Takes in a tensor; `name` is without prefix. Safe to call from several threads."""
         self._digests[name] = (array.dtype.name, array.shape, hashlib.sha256(raw_bytes(array)).hexdigest())
+
+    def to_json(self) -> str:
+        """What has been taken in, for `join` in another process."""
+        return json.dumps(self._digests)
+
+    def join(self, other: str) -> None:
+        """Takes in what another process has, by its `to_json`."""
+        for name, (dtype, shape, digest) in json.loads(other).items():
+            self._digests[name] = dtype, tuple(shape), digest
 
     def hexdigest(self) -> str:
         return hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()

@@ -19,6 +19,7 @@ from jaxtyping import Float32
 
 from jaxembed.checkpoint.buffers import Buffers
 from jaxembed.checkpoint.convert import Container, Source, Summary, convert, plan_conversion
+from jaxembed.checkpoint.directories import ModelPath
 from jaxembed.checkpoint.export import is_causal
 from jaxembed.checkpoint.huggingface import WeightsHash
 from jaxembed.checkpoint.model_card import model_card
@@ -132,7 +133,7 @@ class Merge:
 
 def merge(
     how: Merge,
-    target: Path,
+    target: ModelPath,
     *,
     dtype: np.dtype[Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,

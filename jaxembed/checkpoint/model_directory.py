@@ -153,7 +153,7 @@ def load_stored(
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for stored, each in plan.items():
         tensor = tensors[each.source]
-        sharding = device if shardings is None else _of_one_layer(shardings[each.path], each.index is not None)
+        sharding = device if shardings is None else of_one_layer(shardings[each.path], each.index is not None)
         wanted[stored] = jax.ShapeDtypeStruct(_our_shape(tensor), tensor.dtype, sharding=sharding)
     state: dict[ParameterPath, jax.Array] = {}
     total = sum(tensors[each.source].nbytes for each in plan.values())
@@ -177,7 +177,8 @@ def _put_layer(stack: jax.Array, layer: jax.Array, index: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), index, 0)
 
 
-def _of_one_layer(sharding: jax.sharding.Sharding, stacked: bool) -> jax.sharding.Sharding:
+def of_one_layer(sharding: jax.sharding.Sharding, stacked: bool) -> jax.sharding.Sharding:
+    """How an array lies that goes into a parameter, or into its stack."""
     assert isinstance(sharding, jax.sharding.NamedSharding)
     return sharding.update(spec=jax.P(*sharding.spec[1:])) if stacked else sharding
 

@@ -86,7 +86,7 @@ class TrainingCheckpoints:
         """
         if keep < 1:
             raise InputError(f"checkpoint.keep: expected at least 1, found {keep}")
-        self.directory = epath.Path(directory).resolve()
+        self.directory = _absolute(directory)
         self.keep = keep
         self._pending: tuple[int, ocp.AsyncResponse[None]] | None = None
         self._unreadable: set[int] = set()
@@ -275,7 +275,7 @@ def newest_checkpoint(directory: epath.PathLike) -> tuple[epath.Path, dict[str, 
     Raises:
         InputError: there is none.
     """
-    directory, reasons = epath.Path(directory).resolve(), []
+    directory, reasons = _absolute(directory), []
     for step in reversed(_complete_steps(directory)):
         path = directory / str(step)
         try:
@@ -308,7 +308,7 @@ def write_store(
     Raises:
         CheckpointError: the checkpoint cannot be written.
     """
-    directory = epath.Path(directory).resolve()  # Orbax misreads relative paths
+    directory = _absolute(directory)
     writing: list[tuple[ocp.AsyncResponse[None], list[ArrayPath]]] = []
 
     def wait() -> None:
@@ -366,7 +366,7 @@ def read_store(
     for group in _groups(wanted.items(), lambda entry: math.prod(entry[1].shape) * entry[1].dtype.itemsize):
         try:
             with _store_context():
-                tree = ocp.load(epath.Path(directory).resolve(), _nested(group))
+                tree = ocp.load(_absolute(directory), _nested(group))
         except Exception as error:
             names = ", ".join("/".join(path) for path, _ in group[:3])
             raise InputError(f"{directory}: {names} … cannot be read: {_first_line(error)}") from error
@@ -422,8 +422,14 @@ class _ReadAhead:
             self._wanted -= size
 
 
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """Orbax misreads relative paths, and `resolve` those of buckets."""
+    path = epath.Path(directory)
+    return path if "://" in os.fspath(path) else path.resolve()
+
+
 def _kvstore(directory: epath.PathLike) -> dict[str, Any]:
-    base = {"driver": "file", "path": str(epath.Path(directory).resolve() / "state")}
+    base = {"driver": "file", "path": str(_absolute(directory) / "state")}
     return {"driver": "ocdbt", "base": base}
 
 

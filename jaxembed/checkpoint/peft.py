@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed import hosts
-from jaxembed.checkpoint.directories import new_directory
+from jaxembed.checkpoint.directories import ModelPath, new_directory
 from jaxembed.checkpoint.hub import find_directory
 from jaxembed.checkpoint.huggingface import read_config
 from jaxembed.checkpoint.parts import ROWS, TABLE, LowRank, Parts, Rows
@@ -160,14 +160,14 @@ def read_adapter(
 
 
 def write_adapter(
-    directory: Path, decoder: Any, base: str, describe: Callable[[Path], object] = lambda partial: None
+    directory: ModelPath, decoder: Any, base: str, describe: Callable[[Path], object] = lambda partial: None
 ) -> None:
     """Writes the adapters of a decoder, and the rows of its table that stand apart, as PEFT does.
 
     Every process calls it, for each may have a part of them; process 0 writes.
 
     Args:
-        directory: made, or replaced.
+        directory: made, or replaced; local or in a bucket.
         decoder: a `Decoder` whose model has adapters.
         base: directory or hub id of the decoder without them.
         describe: writes what else the directory is to hold into the one that becomes it.

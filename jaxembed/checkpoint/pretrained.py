@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from jaxembed.checkpoint.huggingface import load_weights
 from jaxembed.checkpoint.model_directory import is_model_directory, load_stored, read_record
 from jaxembed.checkpoint.parts import huggingface_shapes, merged_parameters
 from jaxembed.checkpoint.peft import base_config, base_directory, is_adapter, read_adapter
+from jaxembed.checkpoint.sharded import load_sharded
 from jaxembed.errors import InputError
 from jaxembed.models import Family, family_of
 from jaxembed.models.weights import ParameterPath
@@ -36,8 +37,9 @@ class Decoder:
     """The family's config."""
     huggingface_config: Mapping[str, Any]
     """The whole of `config.json`, keys that this package does not read included."""
-    weights_hash: str | None = None
-    """`WeightsHash` of the checkpoint where the parameters were cast; None: it is theirs."""
+    weights_hash: str | Callable[[], str] | None = None
+    """`WeightsHash` of the checkpoint where the parameters were cast; None: it is theirs. A function where no process
+    has read all of them, which every process has to call."""
 
 
 def flat_state(state: nnx.State) -> dict[ParameterPath, Any]:
@@ -95,12 +97,25 @@ def load_decoder(
         adapter = read_adapter(given, rules, huggingface_shapes(rules, config.layers, flat), family.prefixes)
         if is_model_directory(directory):
             raise InputError(f"{given}: its base model {directory} is an Orbax directory; expected a Hugging Face one")
+    shardings = None if specs is None else {path: leaf.get_value() for path, leaf in flat_state(specs).items()}
     if is_model_directory(directory):
-        shardings = None if specs is None else {path: leaf.get_value() for path, leaf in flat_state(specs).items()}
         arrays = load_stored(
             directory, flat, shardings, rules, config.layers, dtype=jnp.dtype(dtype), progress=progress
         )
         found = read_record(directory).weights_hash
+    elif shardings is not None:
+        arrays, found = load_sharded(
+            directory,
+            flat,
+            shardings,
+            rules,
+            config.layers,
+            prefixes=family.prefixes,
+            ignored=family.ignored,
+            dtype=np.dtype(dtype),
+            progress=progress,
+            adapter=adapter,
+        )
     else:
         arrays, found = load_weights(
             directory,

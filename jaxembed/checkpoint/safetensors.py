@@ -7,10 +7,13 @@ before a byte of weights is read.
 """
 
 import abc
+import functools
+import itertools
 import json
 import math
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +50,10 @@ _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
+Box = tuple[tuple[int, int], ...]
+"""A part of an array: where it starts and stops along each axis."""
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, dtype and shape of a tensor whose values come later."""
@@ -80,6 +87,14 @@ class StoredTensor(TensorSpec, abc.ABC):
             InputError: they cannot be read; names file and tensor.
         """
 
+    def read_box(self, shape: tuple[int, ...], box: Box, buffers: Buffers | None = None) -> np.ndarray:
+        """A part of the values, seen as an array of `shape`; not necessarily in C order.
+
+        Raises:
+            InputError: they cannot be read; names file and tensor.
+        """
+        return self.read(buffers).reshape(shape)[tuple(slice(*each) for each in box)]
+
 
 Stored = TypeVar("Stored", bound=StoredTensor)
 
@@ -91,20 +106,40 @@ class TensorRef(StoredTensor):
     offset: int
 
     def read(self, buffers: Buffers | None = None) -> np.ndarray:
-        """Read, not mapped: pages of a mapped file count as this process's memory until the last view is gone."""
-        values = aligned_empty(self.nbytes) if buffers is None else buffers.take(self.nbytes)
+        return self._read_runs([self.offset], self.nbytes, buffers).reshape(self.shape)
+
+    def read_box(self, shape: tuple[int, ...], box: Box, buffers: Buffers | None = None) -> np.ndarray:
+        """In C order; of the file only the bytes of the box are read."""
+        strides = [math.prod(shape[axis + 1 :]) * self.dtype.itemsize for axis in range(len(shape))]
+        sizes = [stop - start for start, stop in box]
+        # What lies together: along the innermost axis that the box cuts, with all that is behind it.
+        cut = max((axis for axis, size in enumerate(sizes) if size < shape[axis]), default=0)
+        before = (np.arange(*each) * stride for each, stride in zip(box[:cut], strides))
+        starts = functools.reduce(np.add.outer, before, np.int64(self.offset + box[cut][0] * strides[cut]))
+        return self._read_runs(starts.ravel().tolist(), sizes[cut] * strides[cut], buffers).reshape(sizes)
+
+    def _read_runs(self, starts: Sequence[int], size: int, buffers: Buffers | None) -> np.ndarray:
+        """The values in so many bytes from each start, one after the other.
+
+        Read, not mapped: pages of a mapped file count as this process's memory until the last view is gone.
+        """
+        nbytes = len(starts) * size
+        values = aligned_empty(nbytes) if buffers is None else buffers.take(nbytes)
         view, done = values.data, 0
         try:
             with self.file.open("rb", buffering=0) as stream:
-                stream.seek(self.offset)
-                while done < self.nbytes and (count := stream.readinto(view[done:])):  # at most 2 GiB at once
-                    done += count
+                for end, start in enumerate(starts, 1):
+                    stream.seek(start)
+                    while done < end * size and (count := stream.readinto(view[done : end * size])):
+                        done += count  # at most 2 GiB at once
+                    if done < end * size:
+                        raise InputError(
+                            f"{self.file}: tensor {self.name!r} ends early: the file was cut since it was opened"
+                        )
         except OSError as error:
             raise InputError(f"{self.file}: tensor {self.name!r} cannot be read: {error.strerror or error}") from error
-        if done < self.nbytes:
-            raise InputError(f"{self.file}: tensor {self.name!r} ends early: the file was cut since it was opened")
         values.flags.writeable = False
-        return values.view(self.dtype).reshape(self.shape)
+        return values.view(self.dtype)
 
 
 def open_tensors(directory: str | os.PathLike[str]) -> dict[str, TensorRef]:
@@ -180,12 +215,18 @@ def write_safetensors(
     *,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
+    take: Callable[[Path], object] | None = None,
+    writer: int = 0,
+    writers: int = 1,
 ) -> list[Path]:
     """Writes `model.safetensors`, or shards of at most `max_shard_bytes` and their index; returns the files' paths.
 
     `tensors` yields the values of `specs`, in the same order; one is held at a time. Files get their names when all
     of them are complete, and then replace whatever safetensors weights the directory had. `metadata` is the header's,
     by default `{"format": "pt"}`, as transformers writes it.
+
+    With `take` each file of weights gets its name when it is complete, and is given to `take`, which may move it
+    elsewhere. Of several `writers`, all of whom go through `tensors`, each writes every so-manieth file.
 
     Raises `InputError` if a file cannot be written and `ValueError` if `tensors` are not those of `specs`.
     """
@@ -200,10 +241,16 @@ def write_safetensors(
     pending: dict[Path, Path] = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, shard in zip(names, shards):
+        for number, (name, shard) in enumerate(zip(names, shards)):
             file = directory / name
+            if number % writers != writer:
+                deque(itertools.islice(values, len(shard)), maxlen=0)
+                continue
             pending[file] = directory / f"{name}.tmp"
             _write_file(pending[file], shard, values, dict(metadata or {"format": "pt"}))
+            if take is not None:
+                os.replace(pending.pop(file), file)
+                take(file)
         if next(values, None) is not None:
             raise ValueError("tensors: more of them than specs")
         if len(shards) > 1:
@@ -212,7 +259,7 @@ def write_safetensors(
             pending[file].write_text(_index(names, shards), encoding="utf-8")
         for file, temporary in pending.items():
             os.replace(temporary, file)
-        for file in directory.iterdir():
+        for file in directory.iterdir() if take is None else ():
             if _WEIGHT_FILE.fullmatch(file.name) and file not in pending:
                 file.unlink()
     except OSError as error:

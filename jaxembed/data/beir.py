@@ -107,9 +107,9 @@ def read_beir(
     given = [None if file is None else epath.Path(file).expanduser() for file in (corpus, queries, qrels, mined)]
     corpus_file, queries_file, qrels_file, mined_file = given
     corpus_file = find_corpus(corpus_file or folder)
-    queries_file = queries_file or find_file(folder, _query_names(split), "queries")
+    queries_file = queries_file or find_file(folder, query_names(split), "queries")
     if qrels_file is None:
-        names = _qrels_names(split)
+        names = qrels_names(split)
         if mined_file is None or any((folder / f"{one}{end}").exists() for one in names for end in ("", ".gz")):
             qrels_file = find_file(folder, names, f"judgements of the split {split!r}")
 
@@ -153,11 +153,13 @@ def read_beir(
     )
 
 
-def _query_names(split: str) -> list[str]:
+def query_names(split: str) -> list[str]:
+    """Files in which a folder may have its queries."""
     return [f"queries.{split}.jsonl", f"queries.{split}.tsv", "queries.jsonl", "queries.tsv", "queries.parquet"]
 
 
-def _qrels_names(split: str) -> list[str]:
+def qrels_names(split: str) -> list[str]:
+    """Files in which a folder may have its judgements."""
     kinds = ("tsv", "jsonl", "parquet")
     return [f"qrels{between}{split}.{kind}" for between in ("/", ".") for kind in kinds]
 
@@ -204,7 +206,7 @@ def _judged(
 ) -> Int64[np.ndarray, "pairs 3"]:
     """Query row, document row and line of each judgement above 0."""
     found = [np.zeros((0, 3), np.int64)]
-    for block in _blocks(_judgements(file, name), file, dropped, bad_rows):
+    for block in _blocks(judgements(file, name), file, dropped, bad_rows):
         queries, ids, grades = zip(*(item for _, item in block))
         known, above = _looked_up(block, queries, ids, asked, documents, file, dropped, bad_rows)
         relevant = np.array(grades) > 0
@@ -317,7 +319,7 @@ def _mined_rows(
     return rows[:, : (rows >= 0).sum(1).max()][query_of]
 
 
-def _judgements(file: epath.Path, name: str) -> Iterator[tuple[int, tuple[str, str, float] | InputError]]:
+def judgements(file: epath.Path, name: str) -> Iterator[tuple[int, tuple[str, str, float] | InputError]]:
     """(query id, document id, grade): TSV with or without a header, TREC's four columns, JSON lines, Parquet."""
     if kind_of(file) == "tsv":
         for line, fields in _fields(file, name):

@@ -1,9 +1,14 @@
-"""Dev sets: of pairs (retrieval of each query's document among all, BM25 on the same), and of graded pairs."""
+"""Dev sets: what a run is evaluated on, without torch.
+
+Pairs (retrieval of each query's documents among all, BM25 on the same), graded pairs, and the local tasks of these
+kinds, code search and classification.
+"""
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +20,9 @@ from jaxembed.data.text_store import Picked, TextStore
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
 from jaxembed.evaluation.bm25 import bm25_metrics
-from jaxembed.evaluation.retrieval import retrieval_metrics, top_documents
+from jaxembed.evaluation.classification import classification_metrics, require_scikit_learn, undersamples
+from jaxembed.evaluation.retrieval import chunked_mrr, retrieval_metrics, top_documents
+from jaxembed.evaluation.tasks import ClassificationTask, LocalTask, RetrievalTask, StsTask
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +42,27 @@ class Reading:
         """Unit vectors of texts in the part of queries."""
         return self._encode(embedder, texts, "query", self.query_instruction)
 
+    def labelled(self, embedder: Embedder, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
+        """Vectors of texts in the part of queries, of unit length where the text format says so."""
+        return self._encode(embedder, texts, "query", self.query_instruction, normalize=None)
+
     def documents(self, embedder: Embedder, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
         """Unit vectors of texts in the part of documents."""
         return self._encode(embedder, texts, "query" if self.symmetric else "document", self.document_instruction)
 
-    def _encode(self, embedder: Embedder, texts: Sequence[str], role: str, instruction: str | None) -> np.ndarray:
+    def _encode(
+        self,
+        embedder: Embedder,
+        texts: Sequence[str],
+        role: str,
+        instruction: str | None,
+        normalize: bool | None = True,
+    ) -> np.ndarray:
         options: dict[str, Any] = {}
         if instruction is not None:
             options["prompt"] = embedder.text_format.role(role).prefix + instruction
         encode = embedder.encode_query if role == "query" else embedder.encode_document
-        return encode(texts, normalize_embeddings=True, show_progress_bar=False, **options)
+        return encode(texts, normalize_embeddings=normalize, show_progress_bar=False, **options)
 
 
 AS_THE_FORMAT = Reading()
@@ -55,16 +73,38 @@ class DevSet:
     """Queries, distinct documents, and which document answers which query.
 
     A query that occurs with several documents is one query with several answers. Where the documents lie in a corpus,
-    all of it is searched.
+    all of it is searched. Of equal scores the document that stands first wins.
     """
+
+    metrics: ClassVar[tuple[str, ...]] = ("mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100", "loss")
 
     name: str
     queries: list[str]
     documents: list[str]
     ids: list[str]
     """Where each document comes from."""
-    relevant: list[set[int]]
+    relevant: Sequence[Collection[int]]
+    """Of each query the places of its documents, or their grades by place."""
     reading: Reading = AS_THE_FORMAT
+
+    @property
+    def described(self) -> str:
+        """How large it is."""
+        return f"{len(self.queries):,} queries, {len(self.documents):,} documents"
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """All that is embedded."""
+        return itertools.chain(self.queries, self.documents)
+
+    @classmethod
+    def of_task(cls, task: RetrievalTask, reading: Reading = AS_THE_FORMAT) -> "DevSet":
+        """Documents stand by descending id, so that equal scores rank as trec_eval, and mteb with it, ranks them."""
+        ids = sorted(task.corpus, reverse=True)
+        place = {one: index for index, one in enumerate(ids)}
+        relevant = [{place[one]: grade for one, grade in task.relevant[query].items()} for query in task.queries]
+        documents = [task.corpus[one] for one in ids]
+        return cls(task.name, list(task.queries.values()), documents, ids, relevant, reading)
 
     @classmethod
     def of(cls, examples: Examples, reading: Reading = AS_THE_FORMAT) -> "DevSet":
@@ -129,11 +169,23 @@ class DevSet:
 class GradedSet:
     """Pairs of texts and how alike they are: Spearman's correlation of the cosines with the grades."""
 
+    metrics: ClassVar[tuple[str, ...]] = ("spearman",)
+
     name: str
     anchors: Sequence[str]
     others: Sequence[str]
     grades: Float[np.ndarray, " pairs"]
     reading: Reading = AS_THE_FORMAT
+
+    @property
+    def described(self) -> str:
+        """How large it is."""
+        return f"{len(self.grades):,} graded pairs"
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """All that is embedded."""
+        return itertools.chain(self.anchors, self.others)
 
     def evaluate(self, embedder: Embedder, *, temperature: float, batch_size: int) -> dict[str, float]:
         """spearman; the arguments of `DevSet.evaluate` are of no use here."""
@@ -144,6 +196,114 @@ class GradedSet:
     def bm25(self) -> dict[str, dict[str, float]]:
         """Nothing: BM25 ranks documents."""
         return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedSet:
+    """Code search among 1 + 999: pairs, chunk after chunk; each query's document is looked for in its chunk."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("mrr",)
+
+    name: str
+    queries: list[str]
+    documents: list[str]
+    size: int
+    """Pairs of a chunk."""
+    reading: Reading = AS_THE_FORMAT
+
+    @property
+    def described(self) -> str:
+        """How large it is."""
+        return f"{len(self.queries):,} pairs in chunks of {self.size:,}"
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """All that is embedded."""
+        return itertools.chain(self.queries, self.documents)
+
+    def evaluate(self, embedder: Embedder, *, temperature: float, batch_size: int) -> dict[str, float]:
+        """mrr; the arguments of `DevSet.evaluate` are of no use here."""
+        queries = self.reading.queries(embedder, self.queries)
+        return {"mrr": chunked_mrr(queries, self.reading.documents(embedder, self.documents), self.size)}
+
+    def bm25(self) -> dict[str, dict[str, float]]:
+        """Nothing."""
+        return {}
+
+
+class ClassificationSet:
+    """Labelled texts to learn from and to be tested on; of those to learn from, what the protocol draws."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
+
+    def __init__(self, task: ClassificationTask, reading: Reading = AS_THE_FORMAT) -> None:
+        """
+        Raises:
+            InputError: scikit-learn is not installed.
+        """
+        require_scikit_learn()
+        self.name, self.reading = task.name, reading
+        drawn = undersamples(task.train_labels)
+        rows = np.unique(np.concatenate(drawn))
+        self._samples = [np.searchsorted(rows, sample) for sample in drawn]
+        self._train = [task.train_texts[row] for row in rows]
+        self._train_labels = [task.train_labels[row] for row in rows]
+        self._test, self._test_labels = task.test_texts, task.test_labels
+
+    @property
+    def described(self) -> str:
+        """How large it is."""
+        return f"{len(self._train):,} texts to learn from, {len(self._test):,} texts to be tested on"
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """All that is embedded, and the labels."""
+        return itertools.chain(self._train, self._train_labels, self._test, self._test_labels)
+
+    def evaluate(self, embedder: Embedder, *, temperature: float, batch_size: int) -> dict[str, float]:
+        """accuracy, f1; the arguments of `DevSet.evaluate` are of no use here."""
+        train, test = (self.reading.labelled(embedder, texts) for texts in (self._train, self._test))
+        return classification_metrics(train, self._samples, self._train_labels, test, self._test_labels)
+
+    def bm25(self) -> dict[str, dict[str, float]]:
+        """Nothing."""
+        return {}
+
+
+AnyDevSet = DevSet | GradedSet | ChunkedSet | ClassificationSet
+
+
+def dev_task(
+    task: LocalTask, query_instruction: str | None = None, document_instruction: str | None = None
+) -> AnyDevSet:
+    """A local task as a dev set; its metrics are those of mteb on the same embeddings.
+
+    Args:
+        task: retrieval, code search, STS or classification.
+        query_instruction: of queries, and of all texts where none is a document; None: the task's, else the format's.
+        document_instruction: of documents; None: the format's.
+
+    Raises:
+        InputError: a task of another kind, or scikit-learn is needed and missing.
+    """
+    if query_instruction is None:
+        query_instruction = task.instruction
+    reading = Reading(query_instruction, document_instruction)
+    if isinstance(task, StsTask):
+        reading = Reading(query_instruction, query_instruction, symmetric=True)
+        return GradedSet(task.name, task.first, task.second, np.array(task.grades), reading)
+    if isinstance(task, ClassificationTask):
+        return ClassificationSet(task, reading)
+    if not isinstance(task, RetrievalTask):
+        raise InputError(
+            f"data.dev: {task.name} is a task of mteb's type {task.type}; retrieval (code search too), STS and "
+            "classification can be evaluated in training, the others by python -m jaxembed.evaluate"
+        )
+    if task.groups:
+        ids = [one for group in task.groups for one in group]
+        texts = [task.queries[one] for one in ids], [task.corpus[one] for one in ids]
+        return ChunkedSet(task.name, *texts, len(task.groups[0]), reading)
+    return DevSet.of_task(task, reading)
 
 
 def dev_set(examples: Examples, reading: Reading = AS_THE_FORMAT) -> DevSet | GradedSet:

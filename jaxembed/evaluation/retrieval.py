@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,7 +13,8 @@ DEPTH = 100
 """How far down the ranks the metrics look."""
 
 Relevant = Sequence[Collection[int]] | Int[np.ndarray, " queries"]
-"""For each query the indices of the documents that answer it; an array where each query has exactly one."""
+"""For each query the indices of the documents that answer it, or their grades by index; an array where each query has
+exactly one."""
 
 
 def retrieval_metrics(
@@ -36,11 +37,12 @@ def metrics_from_ranks(
 ) -> dict[str, float]:
     """mrr@10, ndcg@10, recall@1, recall@10 and recall@100, each a mean over the queries.
 
-    With hits h_r ∈ {0, 1} at rank r = 1, 2, … and n relevant documents of a query:
+    With hits h_r ∈ {0, 1} at rank r = 1, 2, …, their grades g_r (1 where there are none, 0 where there is no hit) and n
+    relevant documents of a query:
 
     - MRR@k: 1 / (smallest r ≤ k with h_r = 1), 0 where there is none (Voorhees, TREC-8, 1999).
-    - nDCG@k: Σ_{r ≤ k} h_r / log2(r + 1), divided by its largest value Σ_{r ≤ min(n, k)} 1 / log2(r + 1)
-      (Järvelin and Kekäläinen, TOIS 2002, with binary gains; as trec_eval and MTEB have it).
+    - nDCG@k: Σ_{r ≤ k} g_r / log2(r + 1), divided by its largest value, that of the n grades in descending order
+      (Järvelin and Kekäläinen, TOIS 2002, with grades as gains; as trec_eval and MTEB have it).
     - recall@k: Σ_{r ≤ k} h_r / n.
 
     Args:
@@ -49,22 +51,53 @@ def metrics_from_ranks(
       documents: how many there are, to check `relevant` against.
 
     Raises:
-      InputError: a query has no relevant document or one that does not exist, or the counts of queries differ.
+      InputError: a query has no relevant document, one that does not exist or one without a grade above 0, or the
+        counts of queries differ.
     """
-    sets = _relevant_sets(relevant, len(ranks), documents)
+    grades = _grades(relevant, len(ranks), documents)
     ranks = ranks[:, :DEPTH]
-    hits = np.zeros((len(ranks), DEPTH))
-    for row, (ranked, wanted) in enumerate(zip(ranks, sets)):
-        hits[row, : len(ranked)] = np.isin(ranked, list(wanted))
-    counts = np.array([len(wanted) for wanted in sets], np.float64)
+    gains, best = np.zeros((len(ranks), DEPTH)), np.zeros((len(ranks), 10))
+    for row, (ranked, wanted) in enumerate(zip(ranks.tolist(), grades)):
+        gains[row, : len(ranked)] = [wanted.get(document, 0.0) for document in ranked]
+        highest = sorted(wanted.values(), reverse=True)[:10]
+        best[row, : len(highest)] = highest
+    hits = gains > 0
+    counts = np.array([len(wanted) for wanted in grades], np.float64)
 
     first = np.where(hits[:, :10].any(axis=1), hits[:, :10].argmax(axis=1) + 1.0, np.inf)
     discounts = 1.0 / np.log2(np.arange(2, 12))
-    ideal = np.cumsum(discounts)[np.minimum(counts, 10).astype(int) - 1]
-    metrics = {"mrr@10": 1.0 / first, "ndcg@10": hits[:, :10] @ discounts / ideal}
+    metrics = {"mrr@10": 1.0 / first, "ndcg@10": gains[:, :10] @ discounts / (best @ discounts)}
     for k in (1, 10, 100):
         metrics[f"recall@{k}"] = hits[:, :k].sum(axis=1) / counts
     return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def chunked_mrr(
+    query_embeddings: Float[np.ndarray, "pairs dim"], document_embeddings: Float[np.ndarray, "pairs dim"], size: int
+) -> float:
+    """Mean reciprocal rank of each query's own document among the `size` documents of its chunk.
+
+    As the CodeSearchNet repository (arXiv 1909.09436, src/model_test.py) counts: documents that score as the right one
+    does stand before it. The code of a query is ranked, as the paper says; the repository's script ranks the queries of
+    the chunk for each code.
+
+    Args:
+      query_embeddings: chunk after chunk.
+      document_embeddings: in the same order.
+      size: pairs of a chunk.
+
+    Raises:
+      InputError: an embedding is not finite, or the pairs are not whole chunks.
+    """
+    queries, documents = _finite(query_embeddings, "query"), _finite(document_embeddings, "document")
+    if not len(queries) or len(queries) % size:
+        raise InputError(f"expected chunks of {size} pairs, found {len(queries)} pairs")
+    reciprocals = []
+    for start in range(0, len(queries), size):
+        scores = queries[start : start + size] @ documents[start : start + size].T
+        ranks = (scores >= np.diagonal(scores)[:, None]).sum(1)
+        reciprocals.append(1.0 / ranks)
+    return float(np.concatenate(reciprocals).mean())
 
 
 def top_documents(
@@ -124,14 +157,24 @@ def _finite(embeddings: Float[np.ndarray, "texts dim"], role: str) -> Float[np.n
     return embeddings
 
 
-def _relevant_sets(relevant: Relevant, queries: int, documents: int | None) -> list[set[int]]:
-    sets = [{int(item)} if isinstance(item, int | np.integer) else {int(index) for index in item} for item in relevant]
-    if len(sets) != queries or not sets:
-        raise InputError(f"expected relevant documents for each query, found {len(sets)} for {queries} queries")
-    for query, wanted in enumerate(sets):
+def _grades(relevant: Relevant, queries: int, documents: int | None) -> list[dict[int, float]]:
+    grades = [_grades_of_query(item) for item in relevant]
+    if len(grades) != queries or not grades:
+        raise InputError(f"expected relevant documents for each query, found {len(grades)} for {queries} queries")
+    for query, wanted in enumerate(grades):
         if not wanted:
             raise InputError(f"query {query} has no relevant document; leave such queries out")
         if min(wanted) < 0 or (documents is not None and max(wanted) >= documents):
             last = "the last" if documents is None else documents - 1
             raise InputError(f"query {query}: expected relevant documents from 0 to {last}, found {sorted(wanted)}")
-    return sets
+        if not min(wanted.values()) > 0:
+            raise InputError(f"query {query}: expected grades above 0, found {min(wanted.values()):g}")
+    return grades
+
+
+def _grades_of_query(item: int | np.integer | Collection[int]) -> dict[int, float]:
+    if isinstance(item, int | np.integer):
+        return {int(item): 1.0}
+    if isinstance(item, Mapping):
+        return {int(index): float(grade) for index, grade in item.items()}
+    return {int(index): 1.0 for index in item}

@@ -23,7 +23,6 @@ from jaxembed.ops.norms import layer_norm
 from jaxembed.ops.pooling import take_positions
 from jaxembed.sharding import Alone, Hooks
 
-
 _MOVED = frozenset({"all_gather", "custom_vjp_call", "slice", "squeeze", "reshape", "transpose"})
 """What gathers weights (one that does not train by a rule of its own), or cuts them out of what was gathered."""
 

@@ -10,7 +10,7 @@ from jaxembed import hosts
 from jaxembed.config import TrainConfig
 from jaxembed.data.loader import Batches
 from jaxembed.data.sources import Examples
-from jaxembed.evaluation.dev_set import DevSet, GradedSet
+from jaxembed.evaluation.dev_set import AnyDevSet
 from jaxembed.training.report import software_versions
 
 _ENDS = 1 << 20  # bytes of a file that are hashed from either end, as for the sources' token caches
@@ -30,12 +30,12 @@ def agree_on_start(config: TrainConfig) -> None:
     hosts.agree("the software", {"python": platform.python_version(), **software_versions()})
 
 
-def agree_on_data(examples: Sequence[Examples], dev_sets: Sequence[DevSet | GradedSet]) -> None:
+def agree_on_data(examples: Sequence[Examples], dev_sets: Sequence[AnyDevSet]) -> None:
     """How much each source has, and the texts of the dev sets."""
     if hosts.count() == 1:
         return
     hosts.agree("the training data", {f"of {found.name}": f"{len(found):,} pairs" for found in examples})
-    hosts.agree("the dev data", {f"of {found.name}": _digest(*_dev_texts(found)) for found in dev_sets})
+    hosts.agree("the dev data", {f"of {found.name}": _digest(*map(_utf8, found.texts)) for found in dev_sets})
 
 
 def agree_on_batches(batches: Batches) -> None:
@@ -57,9 +57,8 @@ def agree_on_base(directory: Path) -> None:
         hosts.agree("the base model", {path.name: _ends(path) for path in files})
 
 
-def _dev_texts(found: DevSet | GradedSet) -> list[bytes]:
-    columns = (found.queries, found.documents) if isinstance(found, DevSet) else (found.anchors, found.others)
-    return [text.encode("utf-8", "surrogatepass") for column in columns for text in column]
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _digest(*parts: bytes) -> str:

@@ -12,6 +12,7 @@ from jaxembed.data.sources import Examples
 from jaxembed.data.teacher import TeacherEmbeddings
 from jaxembed.text.format import RoleName
 from jaxembed.text.tokenizer import TextTokenizer
+from jaxembed.training.dev import read_dev_sets
 from jaxembed.training.prepare import model_dim, open_teachers
 from jaxembed.training.step import warmup_steps
 from jaxembed.training.texts import prepare_tokenizer, read_sources, rotates, source_tokenizer, train_token_ids
@@ -28,7 +29,7 @@ def check(config: TrainConfig) -> str:
             do, too few pairs for a batch.
     """
     sources = read_sources(config.data.train, config.data)
-    read_sources(config.data.dev, config.data)
+    read_dev_sets(config)
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = prepare_tokenizer(config, sources, epath.Path(directory))
     train_token_ids(config.training, tokenizer)

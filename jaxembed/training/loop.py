@@ -1,12 +1,13 @@
 """A training run from its config to its export, in the order in which it happens."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from jaxembed import hosts
+from jaxembed.checkpoint.directories import ModelPath
 from jaxembed.checkpoint.export import refuse_existing
 from jaxembed.checkpoint.hub import find_directory
 from jaxembed.checkpoint.huggingface import weights_hash
@@ -27,11 +29,12 @@ from jaxembed.data.loader import Batches, iterate
 from jaxembed.data.sources import Examples
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
-from jaxembed.evaluation.dev_set import DevSet, GradedSet, Reading, dev_set
+from jaxembed.evaluation.dev_set import AnyDevSet
 from jaxembed.ops.attention import choose_kernel
 from jaxembed.sharding import compute_dtype, make_mesh
 from jaxembed.text.tokenizer import TextTokenizer
 from jaxembed.training.agreement import agree_on_base, agree_on_batches, agree_on_data, agree_on_start
+from jaxembed.training.dev import BestCheckpoint, Found, read_dev_sets
 from jaxembed.training.filters import trains
 from jaxembed.training.gradient import with_temperature, without_temperature
 from jaxembed.training.metrics import MetricsWriter, StepLog
@@ -63,7 +66,7 @@ from jaxembed.training.step import (
     put_batch,
 )
 from jaxembed.training.termination import Stopped, Termination
-from jaxembed.training.texts import is_symmetric, prepare_tokenizer, read_sources
+from jaxembed.training.texts import prepare_tokenizer, read_sources
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,7 @@ class Result:
     step: int
     finished: bool
     """False where SIGTERM ended it."""
-    model: Path | None
+    model: ModelPath | None
     """Where the export lies."""
     dev: dict[str, dict[str, dict[str, float]]]
     """Data set → "before", "after", "BM25, …" → metric → value."""
@@ -155,10 +158,7 @@ def _run(
     )
     attention()
     examples = read_sources(config.data.train, config.data)
-    dev_sets = [
-        dev_set(found, Reading(section.query_instruction, section.document_instruction, is_symmetric(section, found)))
-        for section, found in zip(config.data.dev, read_sources(config.data.dev, config.data))
-    ]
+    dev_sets = read_dev_sets(config)
     agree_on_data(examples, dev_sets)
     tokenizer = _prepare_tokenizer(config, examples, directory / "tokenizer", resume)
     if config.model.path is not None:
@@ -194,7 +194,11 @@ def _run(
         else:
             write_run_files(directory, config, batches)
         logger.info("%s", start_line(decoder, trainable, frozen, mesh, batches, options, start))
-        with MetricsWriter(directory, tensorboard=config.logging.tensorboard, after_step=start) as metrics:
+        best_metric = config.evaluation.best_metric
+        with (
+            contextlib.nullcontext() if best_metric is None else BestCheckpoint(directory, best_metric) as best,
+            MetricsWriter(directory, tensorboard=config.logging.tensorboard, after_step=start) as metrics,
+        ):
             termination.now("the first evaluation")
             progress.dev = dev = _evaluate_before(config, directory, dev_sets, embedder, metrics, termination)
             termination.now(_STEPS)
@@ -202,19 +206,23 @@ def _run(
                 state = _train(
                     config, step, state, frozen, batches, start, mesh, examples, checkpoints, metrics, identity,
                     lambda done, state: _evaluate(
-                        config, dev_sets, embedder, _merged(state, frozen), metrics, done, termination
+                        config, dev_sets, embedder, _merged(state.trainable, frozen), metrics, done, termination
                     ),
-                    termination, progress,
+                    best, termination, progress,
                 )  # fmt: skip
             done = progress.done
             termination.now("the last evaluation")
-            after = _evaluate(config, dev_sets, embedder, _merged(state, frozen), metrics, done, termination)
+            after = _evaluate(config, dev_sets, embedder, _merged(state.trainable, frozen), metrics, done, termination)
             for name, values in after.items():
                 dev[name]["after"] = values
+            exported = ""
+            if best is not None:
+                best.consider(done, state.trainable, after)
+                exported = _use_best(config, best, dev, embedder, state, frozen)
     termination.now("the export")
     model = write_model(config, _merged_embedder(embedder), examples, dev)
     write_run_adapter(config, embedder)
-    print_results(config, dev, dev_sets, embedder, model)
+    print_results(config, dev, dev_sets, embedder, model, exported)
     return Result(done, True, model, dev)
 
 
@@ -258,7 +266,8 @@ def _train(
     checkpoints: TrainingCheckpoints,
     metrics: MetricsWriter,
     identity: dict[str, Any],
-    evaluate: Any,
+    evaluate: Callable[[int, TrainState], Found],
+    best: BestCheckpoint | None,
     termination: Termination,
     progress: _Progress,
 ) -> TrainState:
@@ -308,9 +317,13 @@ def _train(
             if evaluating:
                 try:
                     with log.paused(), termination.at_once():
-                        evaluate(done, state)
+                        found = evaluate(done, state)
                 except Stopped:
                     save_and_stop(done)
+                if best is not None:
+                    with log.paused():
+                        checkpoints.wait()
+                        best.consider(done, state.trainable, found)
     checkpoints.wait()
     progress.done = steps
     return state
@@ -341,8 +354,36 @@ def _stop_if_not_finite(
     )
 
 
-def _merged(state: TrainState, frozen: nnx.State) -> nnx.State:
-    return nnx.merge_state(without_temperature(state.trainable)[0], frozen)
+def _merged(trainable: nnx.State, frozen: nnx.State) -> nnx.State:
+    return nnx.merge_state(without_temperature(trainable)[0], frozen)
+
+
+def _use_best(
+    config: TrainConfig,
+    best: BestCheckpoint,
+    dev: dict[str, dict[str, dict[str, float]]],
+    embedder: Embedder,
+    state: TrainState,
+    frozen: nnx.State,
+) -> str:
+    """Adds the best evaluation to the table, and gives the embedder the best weights where those are exported.
+
+    Returns which state that is, for the last lines.
+    """
+    if best.info is None:
+        logger.warning("evaluation.best_metric: %s was never a finite number; the last state is exported", best.metric)
+        return ""
+    step, value = best.info["step"], best.info["value"]
+    for name, values in best.info["dev"].items():
+        dev[name][f"best, step {step}"] = values
+    name, _, metric = best.metric.rpartition("/")
+    before = dev[name]["before"][metric]
+    if (before < value) if metric == "loss" else (before > value):
+        logger.warning("%s was better before training: %.4f, then at best %.4f", best.metric, before, value)
+    if config.export.checkpoint == "last":
+        return f" (the last state; {best.metric} was best after step {step}: {value:.4f})"
+    embedder.replace_state(_merged(best.restore(state.trainable), frozen))
+    return f" (after step {step}, where {best.metric} was best: {value:.4f})"
 
 
 def _merged_embedder(embedder: Embedder) -> Embedder:
@@ -362,7 +403,7 @@ def _merged_embedder(embedder: Embedder) -> Embedder:
 
 def _evaluate(
     config: TrainConfig,
-    dev_sets: list[DevSet | GradedSet],
+    dev_sets: list[AnyDevSet],
     embedder: Embedder,
     weights: nnx.State,
     metrics: MetricsWriter,
@@ -385,7 +426,7 @@ def _evaluate(
 def _evaluate_before(
     config: TrainConfig,
     directory: epath.Path,
-    dev_sets: list[DevSet | GradedSet],
+    dev_sets: list[AnyDevSet],
     embedder: Embedder,
     metrics: MetricsWriter,
     termination: Termination,

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from etils import epath
 from flax import nnx
 
 from jaxembed import hosts
+from jaxembed.checkpoint.directories import ModelPath, model_path
 from jaxembed.checkpoint.export import write_description
 from jaxembed.checkpoint.model_card import model_card
 from jaxembed.checkpoint.peft import is_adapter, named_base, write_adapter
@@ -26,7 +26,7 @@ from jaxembed.config import DistributedConfig, TrainConfig, dump_config
 from jaxembed.data.loader import Batches
 from jaxembed.data.sources import Examples, describe_dropped
 from jaxembed.embedder import Embedder
-from jaxembed.evaluation.dev_set import DevSet, GradedSet
+from jaxembed.evaluation.dev_set import AnyDevSet, DevSet
 from jaxembed.training.filters import count
 from jaxembed.training.gradient import LossOptions
 
@@ -80,8 +80,8 @@ def write_run_files(directory: epath.Path, config: TrainConfig, batches: Batches
     (directory / CONFIG_FILE).write_text(dump_config(config))  # last: where it is, a run is
 
 
-def export_path(config: TrainConfig) -> Path:
-    return Path(config.export.path or os.path.join(config.run_dir, "model")).expanduser()
+def export_path(config: TrainConfig) -> ModelPath:
+    return model_path(config.export.path or os.path.join(config.run_dir, "model"))
 
 
 def write_model(
@@ -89,7 +89,7 @@ def write_model(
     embedder: Embedder,
     examples: list[Examples],
     dev: dict[str, dict[str, dict[str, float]]],
-) -> Path:
+) -> ModelPath:
     """Exports the model, with its card. Every process calls it, for each has a part of the weights."""
     path = export_path(config)
     card = model_card(
@@ -145,38 +145,28 @@ def write_run_adapter(config: TrainConfig, embedder: Embedder) -> None:
         if not decoder.config.causal:  # sentence-transformers would run the base as its own config says
             (directory / "modules.json").unlink()
 
-    target = epath.Path(config.run_dir).expanduser() / "adapter"
-    with tempfile.TemporaryDirectory() as scratch:
-        remote = "://" in config.run_dir
-        local = Path(scratch) / "adapter" if remote else Path(target)
-        write_adapter(local, decoder, base, describe)
-        if not hosts.is_main():
-            return
-        for file in local.rglob("*") if remote else ():
-            if file.is_file():
-                place = target / file.relative_to(local).as_posix()
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(file.read_bytes())
-    logger.info("adapter: %s", target)
+    target = model_path(os.path.join(config.run_dir, "adapter"))
+    write_adapter(target, decoder, base, describe)
+    if hosts.is_main():
+        logger.info("adapter: %s", target)
 
 
 def print_results(
     config: TrainConfig,
     dev: dict[str, dict[str, dict[str, float]]],
-    dev_sets: list[DevSet | GradedSet],
+    dev_sets: list[AnyDevSet],
     embedder: Embedder,
-    model: Path,
+    model: ModelPath,
+    exported: str = "",
 ) -> None:
+    """The last table, and where everything lies; `exported` says which state the model has."""
     queries = config.evaluation.searches
     searched = [found.search(embedder, queries) if queries and isinstance(found, DevSet) else [] for found in dev_sets]
     if not hosts.is_main():
         return
     for found, hits_by_query in zip(dev_sets, searched):
         columns = dev[found.name]
-        if isinstance(found, GradedSet):
-            print(f"\n{found.name}: {len(found.grades):,} graded pairs")
-        else:
-            print(f"\n{found.name}: {len(found.queries):,} queries, {len(found.documents):,} documents")
+        print(f"\n{found.name}: {found.described}")
         width = max(map(len, columns))
         print(f"  {'':{width}}  " + "  ".join(f"{name:>10}" for name in columns["after"]))
         for column, values in columns.items():
@@ -186,7 +176,7 @@ def print_results(
             print(f"\n  {query!r}")
             for score, source, text in hits:
                 print(f"    {score:.3f}  {source}  {' '.join(text.split())[:70]}")
-    print(f"\nmodel: {model}\nrun:   {config.run_dir}")
+    print(f"\nmodel: {model}{exported}\nrun:   {config.run_dir}")
 
 
 def software_versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from etils import epath
 
 from jaxembed import convert
 from jaxembed.__main__ import run_command
@@ -23,6 +24,7 @@ from jaxembed.checkpoint import convert as conversions
 from jaxembed.embedder import Embedder
 from jaxembed.text.format import TEXT_FORMAT_FILE
 
+from buckets import Bucket
 from checkpoints import (
     SHAPE,
     Container,
@@ -416,7 +418,7 @@ def test_a_damaged_orbax_directory_is_refused(
         assert listing(tmp_path) == before
 
 
-def test_targets(tmp_path: Path, stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_targets(tmp_path: Path, stored: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(target: Path | str, *options: str) -> str:
         before = listing(tmp_path)
         assert run(stored, target, *options) == 2
@@ -435,7 +437,9 @@ def test_targets(tmp_path: Path, stored: Path, capsys: pytest.CaptureFixture[str
     (notes / "thesis.txt").touch()
     assert "is no model directory, so it is not overwritten" in refused(notes, "--overwrite")
     assert "is a file" in refused(notes / "thesis.txt", "--overwrite")
-    assert "local directory" in refused("gs://bucket/model")
+    assert run(stored, "gs://bucket/model") == 0
+    assert epath.Path("gs://bucket/model/config.json").exists()
+    assert "gs://bucket/model: is not empty; choose another" in refused("gs://bucket/model")
     assert "is, or holds, the source" in refused(stored, "--overwrite")
     assert "is, or holds, the source" in refused(stored.parent, "--overwrite")
     (tmp_path / "link").symlink_to(stored)

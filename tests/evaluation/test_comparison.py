@@ -1,0 +1,210 @@
+"""Differences of runs and their intervals, against loops in float64 and formulas."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn.metrics import ndcg_score
+
+from jaxembed.errors import InputError
+from jaxembed.evaluation.comparison import Comparison, Row, compare, write_comparison
+from jaxembed.evaluation.scores import Run, TaskScore
+
+
+def score(task: str, kind: str, mean: float, subset: str = "default", **items: Any) -> TaskScore:
+    found = {name: np.asarray(values).tolist() for name, values in items.items()} or None
+    return TaskScore(task, kind, subset, "test", "main", float(mean), {}, 1.0, found)
+
+
+def run(model: str, *scores: TaskScore, revision: str = "5e1f0000") -> Run:
+    return Run(model, revision, "2026-11-26", "cpu", {}, list(scores), [])
+
+
+def spearman(cosines: np.ndarray, grades: np.ndarray) -> float:
+    result: Any = scipy.stats.spearmanr(cosines, grades)
+    return float(result.statistic)
+
+
+def row(comparison: Comparison, name: str) -> Row:
+    [found] = (row for row in comparison.rows if row.name == name)
+    return found
+
+
+def ranked(seed: int, noise: float, queries: int = 200) -> np.ndarray:
+    """nDCG@10 of each query over ten documents; queries are hard or easy for all models."""
+    common, own = np.random.default_rng(0), np.random.default_rng(seed)
+    truth = common.integers(0, 2, (queries, 10))
+    truth[:, 0] = 1
+    hardness = common.exponential(1.5, (queries, 1))
+    return np.array(
+        [ndcg_score([t], [s], k=10) for t, s in zip(truth, truth + noise * hardness * own.normal(size=truth.shape))]
+    )
+
+
+@pytest.fixture(scope="module")
+def retrieval() -> tuple[np.ndarray, np.ndarray]:
+    return ranked(1, 0.6), ranked(2, 0.5)
+
+
+@pytest.fixture(scope="module")
+def sts() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(3)
+    grades = random.integers(0, 6, 300).astype(float)  # with ties
+    return {
+        "grade": grades,
+        "a": grades + random.normal(size=300) * 3,
+        "b": (grades + random.normal(size=300) * 2).round(1),
+    }
+
+
+def test_means_of_items(retrieval: tuple[np.ndarray, np.ndarray]) -> None:
+    a, b = retrieval
+    runs = [run(name, score("Ranks", "Retrieval", v.mean(), value=v)) for name, v in zip("ab", retrieval)]
+    [difference] = row(compare(runs), "Ranks").differences
+    random = np.random.default_rng(7)
+    means = []
+    for _ in range(20_000):
+        drawn = random.integers(0, len(a), len(a))  # the same queries of both
+        means.append(math.fsum(b[drawn]) / len(a) - math.fsum(a[drawn]) / len(a))
+    assert difference.value == pytest.approx(b.mean() - a.mean(), abs=1e-12)
+    assert difference.low is not None
+    assert difference.high is not None
+    width = difference.high - difference.low
+    assert [difference.low, difference.high] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.06 * width)
+    # As the standard error of paired differences has it, and narrower than without pairing.
+    assert width == pytest.approx(2 * 1.96 * (b - a).std() / math.sqrt(len(a)), rel=0.08)
+    assert width < 0.9 * 2 * 1.96 * math.sqrt((a.var() + b.var()) / len(a))
+
+
+def test_correlations_of_pairs(sts: dict[str, np.ndarray]) -> None:
+    grades = sts["grade"]
+    whole = {name: spearman(sts[name], grades) for name in "ab"}
+    runs = [run(name, score("Alike", "STS", whole[name], cosine=sts[name], grade=grades)) for name in "ab"]
+    [difference] = row(compare(runs), "Alike").differences
+    random = np.random.default_rng(8)
+    found = []
+    for _ in range(800):
+        drawn = random.integers(0, 300, 300)
+        found.append(spearman(sts["b"][drawn], grades[drawn]) - spearman(sts["a"][drawn], grades[drawn]))
+    assert difference.value == pytest.approx(whole["b"] - whole["a"], abs=1e-12)
+    assert difference.low is not None
+    assert difference.high is not None
+    expected = np.quantile(found, [0.025, 0.975])
+    assert [difference.low, difference.high] == pytest.approx(expected, abs=0.1 * np.ptp(expected))
+
+
+def test_means_over_tasks(retrieval: tuple[np.ndarray, np.ndarray]) -> None:
+    """A mean over two tasks: the standard errors of both, added as independent ones are, over two."""
+    runs = [
+        run(
+            name,
+            score("One", "Retrieval", v.mean(), value=v),
+            score("Two", "Retrieval", v[:80].mean(), "x", value=v[:80]),
+            score("Two", "Retrieval", v[80:].mean(), "y", value=v[80:]),
+        )
+        for name, v in zip("ab", retrieval)
+    ]
+    found = compare(runs)
+    d = retrieval[1] - retrieval[0]
+    squares = [(d.std() / math.sqrt(200)) ** 2]
+    squares.append(sum((part.std() / math.sqrt(len(part)) / 2) ** 2 for part in (d[:80], d[80:])))
+    [difference] = row(found, "Retrieval, mean of 2 tasks").differences
+    assert difference.value == pytest.approx((d.mean() + (d[:80].mean() + d[80:].mean()) / 2) / 2, abs=1e-12)
+    assert difference.low is not None
+    assert difference.high is not None
+    expected = 2 * 1.96 * math.sqrt(sum(squares)) / 2
+    assert difference.high - difference.low == pytest.approx(expected, rel=0.08)
+
+
+def test_the_same_seed_gives_the_same_intervals(retrieval: tuple[np.ndarray, np.ndarray]) -> None:
+    runs = [run(name, score("Ranks", "Retrieval", v.mean(), value=v)) for name, v in zip("ab", retrieval)]
+    assert compare(runs, seed=3) == compare(runs, seed=3)
+    assert compare(runs, seed=3) != compare(runs, seed=4)
+
+
+def test_equal_models_differ_by_nothing(retrieval: tuple[np.ndarray, np.ndarray], sts: dict[str, np.ndarray]) -> None:
+    whole = spearman(sts["a"], sts["grade"])
+    one = run(
+        "a",
+        score("Ranks", "Retrieval", retrieval[0].mean(), value=retrieval[0]),
+        score("Alike", "STS", whole, cosine=sts["a"], grade=sts["grade"]),
+        score("Flat", "STS", 0.0, cosine=[0.5, 0.5, 0.5], grade=[1.0, 2.0, 3.0]),
+    )
+    for each in compare([one, dataclasses.replace(one, model="b")]).rows:
+        assert [dataclasses.astuple(found) for found in each.differences] == [(0.0, 0.0, 0.0)], each.name
+
+
+def test_where_only_numbers_are_known(retrieval: tuple[np.ndarray, np.ndarray]) -> None:
+    a, b = retrieval
+    pairs: dict[str, Any] = {"cosine": [0.1, 0.2, 0.3]}
+    found = compare(
+        [
+            run(
+                "a",
+                score("Ranks", "Retrieval", a.mean(), value=a),
+                score("Groups", "Clustering", 0.5),
+                score("Other grades", "STS", 1.0, grade=[1, 2, 3], **pairs),
+                score("Fewer", "Retrieval", 0.5, value=[0.5, 0.5]),
+                score("One", "Retrieval", 0.5, value=[0.5]),
+                score("Alone", "STS", 0.1),
+            ),
+            run(
+                "b",
+                score("Ranks", "Retrieval", b.mean(), value=b),
+                score("Groups", "Clustering", 0.75),
+                score("Other grades", "STS", 0.5, grade=[1, 3, 2], **pairs),
+                score("Fewer", "Retrieval", 0.5, value=[0.5, 0.5, 0.5]),
+                score("One", "Retrieval", 0.5, value=[0.5]),
+            ),
+            run("c", *(score(t, k, 0.25) for t, k in (("Ranks", "Retrieval"), ("Groups", "Clustering"))),
+                score("Other grades", "STS", 0.0), score("Fewer", "Retrieval", 0.0), score("One", "Retrieval", 0.0)),
+        ]
+    )  # fmt: skip
+    assert [each.name for each in found.rows if each.differences[0].low is not None] == ["Ranks"]
+    assert all(each.differences[1].low is None for each in found.rows)
+    assert row(found, "Groups").values == (0.5, 0.75, 0.25)
+    assert [each.name for each in found.rows if each.mean] == [
+        "Clustering, 1 task",
+        "Retrieval, mean of 3 tasks",
+        "STS, 1 task",
+        "all, mean of 5 tasks",
+    ]
+    text = found.markdown()
+    assert "| Groups | 50.00 | 75.00 | 25.00 | +25.00 | -25.00 |" in text
+    assert "no items are known or they differ: Groups, Ranks, Fewer, One, Other grades" in text
+    assert "not every run has them: Alone of a" in text
+
+
+def test_names() -> None:
+    scores = score("Task", "STS", 0.5)
+    named = [run("m", scores, revision="a" * 64), run("m", scores, revision="b" * 64), run("n", scores)]
+    assert compare(named).names == ("m@aaaaaaaa", "m@bbbbbbbb", "n")
+    assert compare(named, ["x", "y", "z"]).names == ("x", "y", "z")
+    for wrong in (["x", "x", "y"], ["x", "y"]):
+        with pytest.raises(InputError, match="expected a name of its own for each of 3 runs"):
+            compare(named, wrong)
+    with pytest.raises(InputError, match="at least two runs"):
+        compare(named[:1])
+    with pytest.raises(InputError, match="m, n: no score that all of them have"):
+        compare([run("m", scores), run("n", score("Other", "STS", 0.5))])
+
+
+def test_files(tmp_path: Path, retrieval: tuple[np.ndarray, np.ndarray]) -> None:
+    runs = [
+        run(name, score("Ranks $x$", "Retrieval", v.mean(), value=v), score("_Groups", "Clustering", 0.5))
+        for name, v in zip(("<b>a</b>", "_b|$"), retrieval)
+    ]
+    found = write_comparison(runs, tmp_path)
+    assert found == compare(runs)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(files) == {"comparison.md", "comparison.html", "scores_by_type.png", "differences.png"}
+    assert all(content.startswith(b"\x89PNG") for name, content in files.items() if name.endswith(".png"))
+    assert rb"| \<b\>a\</b\> | \_b\|$ |" in files["comparison.md"]
+    assert b"&lt;b&gt;a&lt;/b&gt;" in files["comparison.html"]
+    assert b"<b>" not in files["comparison.html"]
+    write_comparison(runs, tmp_path)
+    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -1,0 +1,177 @@
+"""Evaluations: scores and items of local tasks, runs that go on where they were, tasks without data."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import mteb
+from mteb.abstasks import AbsTask
+
+from jaxembed.embedder import Embedder
+from jaxembed.errors import InputError
+from jaxembed.evaluation import MTEBModel, benchmark_tasks, evaluate, named_tasks, to_mteb
+from jaxembed.evaluation.scores import Run
+
+from local_tasks import CANDIDATES, CHUNK, COUNT, LOCAL_TASKS
+from runs import write_base
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TASKS: dict[str, Any] = {task.name: task for task in LOCAL_TASKS}
+OTHERS = [
+    dataclasses.replace(TASKS["retrieval"], name=metric, metric=metric) for metric in ("mrr_at_10", "recall_at_5")
+]
+SOME = [TASKS["retrieval"], TASKS["code search"], TASKS["sts"], TASKS["reranking"]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> MTEBModel:
+    return MTEBModel(Embedder.from_pretrained(write_base(tmp_path_factory.mktemp("base") / "model")), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def run(model: MTEBModel) -> Run:
+    return evaluate(model, [*SOME, TASKS["classes"], TASKS["pairs"], *OTHERS], progress=False)
+
+
+def test_a_run(run: Run, model: MTEBModel) -> None:
+    assert (run.model, run.revision, run.device) == ("tiny", model.revision, "1 × cpu")
+    assert run.versions["mteb"] == mteb.__version__
+    assert [(score.task, score.type, score.metric) for score in run.scores] == [
+        ("retrieval", "Retrieval", "ndcg_at_10"),
+        ("code search", "Retrieval", "mrr"),
+        ("sts", "STS", "cosine_spearman"),
+        ("reranking", "Reranking", "map_at_1000"),
+        ("classes", "Classification", "accuracy"),
+        ("pairs", "PairClassification", "max_ap"),
+        ("mrr_at_10", "Retrieval", "mrr_at_10"),
+        ("recall_at_5", "Retrieval", "recall_at_5"),
+    ]
+    texts = int(run.notes[-1].partition(" texts with ")[0].replace(",", ""))
+    # Four of retrieval and one of STS, each query with its candidates, texts to learn from and to be tested on, pairs.
+    assert texts == 5 * 2 * COUNT + (1 + CANDIDATES) * COUNT + 2 * COUNT + 2 * COUNT
+
+
+def test_items(run: Run) -> None:
+    scores = {score.task: score for score in run.scores}
+    for name in ("retrieval", "code search", "reranking", "classes", "mrr_at_10", "recall_at_5"):
+        items = scores[name].items
+        assert items is not None
+        assert len(items["value"]) == COUNT
+        assert np.mean(items["value"]) == pytest.approx(scores[name].value, abs=1e-5)  # mteb rounds to five digits
+    items = scores["sts"].items
+    assert items is not None
+    assert items["grade"] == TASKS["sts"].grades
+    assert scipy.stats.spearmanr(*items.values())[0] == pytest.approx(scores["sts"].value, abs=1e-9)
+    assert scores["pairs"].items is None
+
+
+def test_code_search_ranks_within_chunks(run: Run, model: MTEBModel) -> None:
+    task = TASKS["code search"]
+    queries = model.embedder.encode_query(list(task.queries.values()))
+    documents = model.embedder.encode_document(list(task.corpus.values()))
+    reciprocal = []
+    for start in range(0, COUNT, CHUNK):
+        cosines = queries[start : start + CHUNK] @ documents[start : start + CHUNK].T
+        reciprocal += [1 / np.sum(row >= row[place]) for place, row in enumerate(cosines)]
+    score = run.scores[1]
+    assert score.value == pytest.approx(np.mean(reciprocal), abs=1e-6)
+    assert score.value == pytest.approx(score.metrics[f"mrr_at_{CHUNK}"], abs=1e-6)
+
+
+def test_goes_on_after_a_stop(model: MTEBModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed, calls = model.embedder.encode, []
+
+    def counted(texts: list[str], *arguments: Any, **options: Any) -> Any:
+        calls.append(len(texts))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return embed(texts, *arguments, **options)
+
+    monkeypatch.setattr(model.embedder, "encode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, SOME[:2], tmp_path, progress=False)
+    assert not (tmp_path / "scores.json").exists()
+    found = evaluate(model, SOME[:2], tmp_path, progress=False)
+    assert len(calls) == 4 + 2 + 4  # the second task, and samples for the report
+    assert [score.task for score in found.scores] == ["retrieval", "code search"]
+    assert {"scores.json", "report.md", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert [score.items for score in Run.load(tmp_path).scores] == [score.items for score in found.scores]
+
+    # Another text in a task, or a damaged file, and it is done again.
+    changed = dataclasses.replace(SOME[0], queries={**SOME[0].queries, "q0": "something else"})
+    file = next((tmp_path / "tasks").glob("code_search-*.json"))
+    file.write_text(file.read_text()[:-5])
+    before = len(calls)
+    evaluate(model, [changed, SOME[1]], tmp_path, progress=False)
+    assert len(calls) == before + 4 + 4
+    assert len(list((tmp_path / "tasks").iterdir())) == 3
+
+
+def test_a_task_of_mteb_s_is_as_new_each_time(model: MTEBModel) -> None:
+    task = to_mteb(TASKS["clusters"])
+    assert (
+        evaluate(model, [task], progress=False).scores[0].value
+        == evaluate(model, [task], progress=False).scores[0].value
+    )
+
+
+def test_data_that_cannot_be_loaded(model: MTEBModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_data(self: AbsTask, **_: Any) -> None:
+        raise ConnectionError("no network\nat all")
+
+    task = mteb.get_task("STSBenchmark")
+    monkeypatch.setattr(type(task), "load_data", load_data)
+    run = evaluate(model, [task, TASKS["sts"]], progress=False)
+    assert [score.task for score in run.scores] == ["sts"]
+    assert run.notes[0] == "STSBenchmark: left out, its data cannot be loaded: no network"
+    with pytest.raises(InputError, match="nothing could be evaluated\nSTSBenchmark: left out"):
+        evaluate(model, [task], progress=False)
+
+
+def test_notes_of_a_task(model: MTEBModel) -> None:
+    task = dataclasses.replace(TASKS["sts"], notes=("2 rows without a grade are left out",))
+    assert evaluate(model, [task], progress=False).notes[0] == "sts: 2 rows without a grade are left out"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"instructions": {"Retrieval-query": "x"}}, "instructions: none of the tasks has the name or type 'Retrieval"),
+        ({"symmetric": ["sst"]}, r"symmetric: none of the tasks has the name or type 'sst'; did you mean sts\?"),
+    ],
+)
+def test_names_of_no_task(options: dict[str, Any], message: str, model: MTEBModel) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(MTEBModel(model.embedder, **options), [TASKS["sts"]], progress=False)
+
+
+def test_wrong_tasks(model: MTEBModel) -> None:
+    with pytest.raises(InputError, match="there is nothing to evaluate on"):
+        evaluate(model, [])
+    with pytest.raises(InputError, match="two tasks have the name sts"):
+        evaluate(model, [TASKS["sts"], TASKS["sts"]])
+    with pytest.raises(InputError, match=r"mteb: 'SciFakt' not found\. Did you mean: 'SciFact'"):
+        named_tasks(["SciFakt"])
+    with pytest.raises(InputError, match=r"mteb: benchmark 'MTEB\(eng, v9\)' not found"):
+        benchmark_tasks("MTEB(eng, v9)")
+
+
+def test_the_paper_s_benchmark() -> None:
+    types = [task.metadata.type for task in benchmark_tasks("MTEB(eng, v1)")]
+    assert {kind: types.count(kind) for kind in types} == {
+        "Classification": 12,
+        "Retrieval": 15,
+        "Clustering": 11,
+        "Reranking": 4,
+        "STS": 10,
+        "PairClassification": 3,
+        "Summarization": 1,
+    }
