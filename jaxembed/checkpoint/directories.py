@@ -51,8 +51,8 @@ def new_directory(target: ModelPath) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        partial.mkdir()
         yield partial
         _rename(partial, target)
     except BaseException:

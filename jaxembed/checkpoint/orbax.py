@@ -5,6 +5,7 @@ small JSON record. What the containers of the tree were (dicts, tuples, the name
 tree is restored into the structure, shapes, dtypes and shardings that the reader gives.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -328,6 +329,10 @@ def write_store(
             ocp.partial.finalize(directory)
     except (OSError, ValueError, RuntimeError) as error:  # Orbax and TensorStore raise these for a full disk
         raise CheckpointError(f"could not write {directory}: {_first_line(error)}") from error
+    finally:
+        for response, _ in writing:  # after an error: nothing is written any more when the caller cleans up
+            with contextlib.suppress(Exception):
+                response.result()
 
 
 def store_contents(directory: epath.PathLike) -> dict[str, jax.ShapeDtypeStruct]:
