@@ -37,6 +37,7 @@ LENGTHS = "60,300"
 """Tokens of a text on average and at most: passages of MS MARCO and sentences of AllNLI, cut at 300."""
 
 _ROOM = 0.88  # of the memory that the estimate may fill
+_DENSITY = 0.85  # share of computed positions that hold a token, at least
 
 
 def entries() -> list[tuple[str, str, str]]:
@@ -45,7 +46,8 @@ def entries() -> list[tuple[str, str, str]]:
 
 
 def chosen_overrides(size: str, topology: Any, work: str) -> tuple[str, ...]:
-    """`fsdp` so that what a step keeps fills at most a third of the memory, and the most rows a chunk that then fit.
+    """`fsdp` so that what a step keeps fills at most a third of the memory, and the most rows a chunk that then fit and
+    that the texts fill.
 
     Both by the memory formula, from traced steps: nothing is compiled.
     """
@@ -61,16 +63,16 @@ def chosen_overrides(size: str, topology: Any, work: str) -> tuple[str, ...]:
 
     def estimated(rows: int) -> Any:
         overrides = (*given, "--training.chunk_rows", str(rows))
-        return traced(size, topology, overrides).memory
+        return traced(size, topology, overrides)
 
     rows = 8
-    found = estimated(rows)
+    found = estimated(rows).memory
     room = max(0.0, _ROOM * limit - found.arguments - found.gradients)
     while rows > 1 and found.activations * rows / 8 > room:
         rows //= 2
     while rows < 64 and found.activations * rows * 2 / 8 < room:
         rows *= 2
-    while rows > 1 and estimated(rows).total > _ROOM * limit:
+    while rows > 1 and ((step := estimated(rows)).memory.total > _ROOM * limit or step.workload.density < _DENSITY):
         rows //= 2
     return (*given, "--training.chunk_rows", str(rows))
 
