@@ -69,7 +69,7 @@ def dev_sets(arguments: argparse.Namespace) -> None:
     from sentence_transformers import SentenceTransformer
 
     from jaxembed.evaluation import MTEBModel, evaluate
-    from jaxembed.evaluation.tasks import parse_task
+    from jaxembed.evaluation.task_reader import parse_task
 
     folders = {"dev": arguments.data / "dev", "train": arguments.data / "train"}
     tasks = [parse_task(task.format(**folders)) for task in DEV_SETS]
@@ -101,7 +101,8 @@ def speed(arguments: argparse.Namespace) -> None:
     from sentence_transformers import SentenceTransformer
 
     from jaxembed.evaluation import MTEBModel, to_mteb
-    from jaxembed.evaluation.tasks import BitextTask, StsTask, parse_task
+    from jaxembed.evaluation.task_reader import parse_task
+    from jaxembed.evaluation.tasks import BitextTask, StsTask
 
     with tempfile.TemporaryDirectory() as temporary:
         path = random_bloom(Path(temporary) / "bloom", arguments.data, dim=384, layers=6, heads=12, max_length=512)

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.model is None:
         raise InputError("--model: expected a directory or a hub id, found neither this option nor model in a config")
 
-    from jaxembed.evaluation.tasks import parse_task
+    from jaxembed.evaluation.task_reader import parse_task
 
     tasks: list[Any] = [parse_task(task) for task in config.tasks]
 
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := sorted(config.published.keys() - set(names)):
         raise InputError(f"published: {unknown[0]} is none of the tasks: {', '.join(names)}")
     text_format = None if config.text_format is None else config.text_format.model_dump()
-    if arguments.text_format is not None:
-        text_format = read_text_format_file(arguments.text_format)
+    if arguments.format_file is not None:
+        text_format = read_text_format_file(arguments.format_file)
     embedder = Embedder.from_pretrained(
         config.model,
         text_format=text_format,
@@ -145,21 +145,8 @@ def _beside(run: "Run", published: Mapping[str, float]) -> "Table":
 
 def _config(arguments: argparse.Namespace) -> EvaluateConfig:
     """The file's, under what the options say."""
-    given = {
-        "model": arguments.model,
-        "revision": arguments.revision,
-        "name": arguments.name,
-        "dtype": arguments.dtype,
-        "fsdp": arguments.fsdp,
-        "batch_size": arguments.batch_size,
-        "normalize": arguments.normalize,
-        "truncate_dim": arguments.truncate_dim,
-        "tasks": arguments.task,
-        "mteb_tasks": arguments.mteb_tasks,
-        "benchmark": arguments.benchmark,
-        "output": arguments.output,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
+    options = vars(arguments).items()
+    given = {key: value for key, value in options if key in EvaluateConfig.model_fields and value is not None}
     config = EvaluateConfig() if arguments.config is None else read_config(EvaluateConfig, arguments.config)
     try:
         return EvaluateConfig.model_validate({**config.model_dump(), **given})
@@ -182,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--task",
         action="append",
+        dest="tasks",
         metavar="[KIND:]PATH[,option=value…]",
         help="a folder or file, see docs/tasks.md; may be given several times",
     )
@@ -191,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="MODEL", help="directory of a model, or hub id")
     model.add_argument("--revision", help="branch, tag or commit of a hub id (default: the main branch)")
     model.add_argument("--name", help="of the model in tables (default: its hub id, or directory)")
-    model.add_argument("--text-format", metavar="FILE", help="YAML or JSON, for a model that has none")
+    model.add_argument(
+        "--text-format", metavar="FILE", dest="format_file", help="YAML or JSON, for a model that has none"
+    )
     model.add_argument("--dtype", help="of the computation: auto, float32 or bfloat16 (default: auto)")
     model.add_argument(
         "--normalize",

@@ -595,4 +595,4 @@ def test_public_names() -> None:
     assert jaxembed.TextFormat is TextFormat
     assert isinstance(jaxembed.__version__, str)
     with pytest.raises(AttributeError, match="no attribute 'Embeder'"):
-        jaxembed.Embeder  # noqa: B018
+        jaxembed.Embeder  # noqa: B018 (to be looked up)

@@ -166,4 +166,4 @@ def test_without_mteb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "jaxembed.evaluation.run", raising=False)
     monkeypatch.delitem(vars(evaluation), "evaluate", raising=False)
     with pytest.raises(InputError, match=r"evaluate needs mteb: pip install 'jaxembed\[eval\]'"):
-        evaluation.evaluate  # noqa: B018
+        evaluation.evaluate  # noqa: B018 (to be looked up)

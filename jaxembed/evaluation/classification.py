@@ -22,7 +22,7 @@ _ITERATIONS = 100
 def require_scikit_learn() -> None:
     """Raises `InputError` where scikit-learn is not installed."""
     try:
-        import sklearn.linear_model  # noqa: F401
+        import sklearn.linear_model  # noqa: F401 (is it there?)
     except ModuleNotFoundError as error:
         raise InputError(f"classification needs {error.name}: pip install 'jaxembed[eval]'") from error
 

@@ -106,7 +106,7 @@ class Items:
             self._specific = task.task_specific_scores
             setattr(task, "task_specific_scores", self._retrieved)  # noqa: B010 (an instance's, in place of its class's)
         # mteb calls this with all predictions where a folder for them is given; here nothing is written.
-        setattr(task, "_save_task_predictions", self._predicted)  # noqa: B010
+        setattr(task, "_save_task_predictions", self._predicted)  # noqa: B010 (as above)
 
     def _retrieved(
         self, scores: dict[str, dict[str, float]], qrels: Any, results: Any, hf_split: str, hf_subset: str
@@ -115,7 +115,10 @@ class Items:
         name = f"{_TREC_EVAL.get(measure)}_{depth}"
         queries = sorted(scores)
         if measure == "mrr":
-            values = [_reciprocal(qrels[query], results[query], int(depth or 0)) for query in queries]
+            values = [
+                _reciprocal(qrels[query], results[query], int(depth)) if depth else _among(qrels[query], results[query])
+                for query in queries
+            ]
             self.found[hf_subset, hf_split] = {"value": values}
         elif all(name in values for values in scores.values()):
             self.found[hf_subset, hf_split] = {"value": [scores[query][name] for query in queries]}
@@ -170,7 +173,7 @@ def _retrieval(task: RetrievalTask) -> AbsTask:
         self: AbsTask, scores: Any, qrels: Mapping[str, Mapping[str, int]], results: Any, *_: Any, **__: Any
     ) -> dict[str, float]:
         """CodeSearchNet's number: the mean over chunks of the mean reciprocal rank among a chunk's documents."""
-        chunks = [[_reciprocal(qrels[query], results[query]) for query in group] for group in task.groups]
+        chunks = [[_among(qrels[query], results[query]) for query in group] for group in task.groups]
         return {"mrr": float(np.mean([np.mean(chunk) for chunk in chunks]))}
 
     depth = max(map(len, task.groups))
@@ -214,10 +217,16 @@ def _retrieval_data(
     return {"default": {_SPLIT: split}}
 
 
-def _reciprocal(relevant: Mapping[str, int], scores: Mapping[str, float], depth: int = 0) -> float:
+def _reciprocal(relevant: Mapping[str, int], scores: Mapping[str, float], depth: int) -> float:
     """1 / rank of the best relevant document, 0 beyond `depth`; of equal scores mteb ranks the greater id higher."""
     found = [(scores[document], document) for document, grade in relevant.items() if grade > 0 and document in scores]
     if not found:
         return 0.0
     rank = sum((score, document) >= max(found) for document, score in scores.items())
-    return 1 / rank if not depth or rank <= depth else 0.0
+    return 1 / rank if rank <= depth else 0.0
+
+
+def _among(relevant: Mapping[str, int], scores: Mapping[str, float]) -> float:
+    """1 / rank of the one relevant document, behind all that score as it does, as in `retrieval.chunked_mrr`."""
+    [right] = relevant
+    return 1 / sum(score >= scores[right] for score in scores.values())

@@ -24,7 +24,7 @@ from jaxembed.ops.pooling import take_positions
 from jaxembed.sharding import Alone, Hooks
 
 _MOVED = frozenset({"all_gather", "custom_vjp_call", "slice", "squeeze", "reshape", "transpose"})
-"""What gathers weights (one that does not train by a rule of its own), or cuts them out of what was gathered."""
+"""What gathers weights (those that are frozen by the rule of `sharding._gathered`), and what cuts or turns them."""
 
 
 def _all_but_moved(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -16,7 +16,7 @@ from jaxembed.checkpoint.orbax import TrainingCheckpoints, newest_checkpoint
 from jaxembed.config import TaskSource, TrainConfig
 from jaxembed.errors import InputError
 from jaxembed.evaluation.dev_set import AnyDevSet, Reading, dev_set, dev_task
-from jaxembed.evaluation.tasks import read_task
+from jaxembed.evaluation.task_reader import read_task
 from jaxembed.training.texts import is_symmetric, read_sources
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 
 from jaxembed.errors import InputError
-from jaxembed.evaluation import tasks
+from jaxembed.evaluation import task_reader
 from jaxembed.evaluation.dev_set import ChunkedSet, ClassificationSet, DevSet, GradedSet, dev_task
 from jaxembed.evaluation.mteb_tasks import to_mteb
-from jaxembed.evaluation.tasks import ClusteringTask, LocalTask, PairTask, RetrievalTask, StsTask, read_task
+from jaxembed.evaluation.task_reader import read_task
+from jaxembed.evaluation.tasks import ClusteringTask, LocalTask, PairTask, RetrievalTask, StsTask
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT
 
 pytestmark = [
@@ -136,13 +137,17 @@ def test_retrieval_as_mteb_has_it(tmp_path: Path, vectors: Vectors, grades: list
 
 
 def test_code_search_as_mteb_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "CHUNK", 20)
+    monkeypatch.setattr(task_reader, "CHUNK", 20)
     path = jsonl(tmp_path / "pairs.jsonl", [{"query": f"{n} find", "code": f"{n} def"} for n in range(70)])
     task = read_task(path, "code_search")
     assert isinstance(dev_task(task), ChunkedSet)
     found, expected = evaluate(task, by_first_word), mteb_scores(task, by_first_word)
     assert found["mrr"] == pytest.approx(expected["main_score"], abs=1e-6)
     assert 0.3 < found["mrr"] < 1
+    equal = jsonl(tmp_path / "equal.jsonl", [{"query": f"{n} find", "code": "0 def"} for n in range(70)])
+    task = read_task(equal, "code_search")
+    assert evaluate(task, by_first_word)["mrr"] == pytest.approx(1 / 20)
+    assert mteb_scores(task, by_first_word)["main_score"] == pytest.approx(1 / 20)
 
 
 @pytest.mark.parametrize("vectors", [anywhere, by_first_word])

@@ -301,7 +301,8 @@ def test_documents_without_a_score_are_not_distilled() -> None:
     student, teacher = rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=(3, 4)).astype(np.float32)
     teacher[0, 2] = teacher[2, 1:] = np.nan
     for loss in (distill_kl, margin_mse):
-        found, slope = jax.value_and_grad(lambda s: loss(s, jnp.asarray(teacher)).sum())(jnp.asarray(student))  # noqa: B023
+        summed: Any = lambda s, loss=loss: loss(s, jnp.asarray(teacher)).sum()  # noqa: E731 (too small for a def)
+        found, slope = jax.value_and_grad(summed)(jnp.asarray(student))
         losses = loss(jnp.asarray(student), jnp.asarray(teacher))
         short = loss(jnp.asarray(np.delete(student, 2, 1)[:1]), jnp.asarray(np.delete(teacher, 2, 1)[:1]))
         np.testing.assert_allclose(losses[0], short[0], rtol=1e-6)
@@ -336,6 +337,6 @@ def test_spread_is_that_of_sentence_transformers(texts: int, dim: int) -> None:
         expected = module.compute_gor(leaf)[term]
         expected.backward()
         gradient: Any = leaf.grad
-        found, slope = jax.value_and_grad(lambda x: spread_out(x)[term])(jnp.asarray(x))  # noqa: B023
+        found, slope = jax.value_and_grad(lambda x, term=term: spread_out(x)[term])(jnp.asarray(x))
         assert float(found) == pytest.approx(expected.item(), rel=1e-5, abs=1e-9)
         assert np.abs(slope - gradient.numpy()).max() <= 1e-5 * gradient.abs().max()
