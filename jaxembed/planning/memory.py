@@ -27,7 +27,8 @@ from jaxembed.planning.program import Program, bytes_of
 _TILE, _WORD_TILE = 128, 32  # numbers in the minor dimension; bytes in the one before it
 
 _COPIES = 2
-"""Of what trains, in float32, that compiled steps hold beside all that is read from the program."""
+"""Of what trains, in float32, that compiled steps hold beside all that is read from the program, where a loop over
+chunks carries the gradients."""
 
 _NAMES = """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy copy_p cos div eq erf exp exp2
@@ -77,7 +78,9 @@ def estimated_memory(program: Program, jaxpr: Any) -> Memory:
     trained = bytes_of(program.trainable)
     gradients = trained if program.optimizer is not None else 0
     # `tensor` is left to the compiler, which splits the inside of a layer over it.
-    temporary = math.ceil(peak_bytes(jaxpr) / program.mesh.shape["tensor"]) + _COPIES * gradients + _cast_ahead(program)
+    temporary = math.ceil(peak_bytes(jaxpr) / program.mesh.shape["tensor"]) + _cast_ahead(program)
+    if any(_is_loop(equation) for each in _sharded(jaxpr) for equation in each.eqns):
+        temporary += _COPIES * gradients
     return Memory(
         trained=trained,
         frozen=bytes_of(program.frozen),
@@ -99,10 +102,19 @@ def _cast_ahead(program: Program) -> int:
 
 def peak_bytes(jaxpr: Any) -> int:
     """The most that the program holds at once on a device, beside its inputs, inside of its `shard_map`."""
-    sharded = [equation for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
-    inside = [inner for equation in sharded for inner in inner_jaxprs(equation)]
     kernels = frozenset(_kernel_shapes(jaxpr))
-    return max(_peak(each, kernels) for each in inside or [jaxpr])
+    return max(_peak(each, kernels) for each in _sharded(jaxpr) or [jaxpr])
+
+
+def _sharded(jaxpr: Any) -> list[Any]:
+    """What runs on each device."""
+    sharded = [equation for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
+    return [inner for equation in sharded for inner in inner_jaxprs(equation)]
+
+
+def _is_loop(equation: Any) -> bool:
+    """Whether it takes several turns; the compiler has no loop for one alone."""
+    return equation.primitive.name == "scan" and equation.params["length"] > 1
 
 
 def _kernel_shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
@@ -195,7 +207,7 @@ def _inside(equation: Any, kernels: frozenset[tuple[int, ...]]) -> int:
     if not inner:
         return 0
     peak = max(_peak(each, kernels) for each in inner)
-    if name == "scan":
+    if _is_loop(equation):
         # The slices that a turn stacks are results of the loop already; what it carries is there twice.
         body = equation.params["jaxpr"].jaxpr
         stacked = sum(_size(v, kernels) for v in body.outvars[equation.params["num_carry"] :])

@@ -43,6 +43,13 @@ def test_a_step_fits_on_eight_chips(trainable: str) -> None:
     assert plan.memory.total == pytest.approx(plan.compiled.total, rel=0.15)
 
 
+def test_memory_of_one_chunk_by_formula() -> None:
+    """No loop carries gradients there."""
+    plan = planned("v5p-64", "--training.trainable", "full", "--training.chunk_rows", 16)
+    assert plan.load.rows.startswith("1 chunk(s)")
+    assert plan.memory.total == pytest.approx(plan.compiled.total, rel=0.15)
+
+
 @pytest.mark.parametrize("trainable", ["full", "bitfit"])
 def test_work_a_chip_falls_with_chips(trainable: str) -> None:
     """One global batch of 49,152 texts: FLOPs a chip times density fall as 1 / chips from 8 to 256."""

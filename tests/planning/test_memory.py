@@ -52,6 +52,16 @@ def test_a_loop_keeps_what_it_stacks_and_one_turn() -> None:
     assert 7 <= peak(stacking, SHAPE) <= 10
 
 
+def test_a_loop_of_one_turn_is_no_loop() -> None:
+    def turn(x, y):
+        return x + jnp.sort(y), None
+
+    def looped(x, y):
+        return jax.lax.scan(turn, x, y[None])[0]
+
+    assert peak(looped, SHAPE, SHAPE) == pytest.approx(peak(lambda x, y: turn(x, y)[0], SHAPE, SHAPE), abs=0.01)
+
+
 def test_checkpoint_trades_memory_for_work() -> None:
     def loss(x, policy):
         def layer(c, _):
