@@ -5,6 +5,8 @@ the files without which there is none (`config.json`, the records) come last.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -14,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from etils import epath
+from tqdm import tqdm
 
 from jaxembed.errors import InputError
 
@@ -92,6 +95,40 @@ def download(source: epath.Path, target: Path) -> None:
     for name, file in _files(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _copy(file, target / name)
+
+
+def fetched(source: epath.Path, cache: Path) -> Path:
+    """A copy of a directory of a bucket, in `cache`; one that is there is taken while the files are the same.
+
+    Raises:
+        InputError: there is no such directory, or a model is being written there.
+    """
+    files = dict(_files(source)) if source.is_dir() else {}
+    if not files:
+        raise InputError(f"{source}: expected the directory of a model, found nothing")
+    if INCOMPLETE in files:
+        raise InputError(f"{source}: a model is being written there, or its writer was killed; wait, or write it again")
+    found = {name: file.stat() for name, file in sorted(files.items())}
+    key = json.dumps([os.fspath(source), [[name, stat.length, stat.mtime] for name, stat in found.items()]])
+    target = cache / hashlib.sha256(key.encode()).hexdigest()[:16] / source.name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=cache) as temporary,
+        tqdm(desc=f"{source}", total=sum(stat.length for stat in found.values()), unit="B", unit_scale=True) as bar,
+    ):
+        partial = Path(temporary) / source.name
+        for name, stat in found.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy(files[name], partial / name)
+            bar.update(stat.length)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first
+                raise
+    return target
 
 
 def is_incomplete(target: ModelPath) -> bool:

@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from etils import epath
+
+from jaxembed.checkpoint.directories import fetched, in_bucket
 from jaxembed.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,9 @@ _CACHED = [
 ]
 
 
+BUCKET_CACHE = "~/.cache/jaxembed/models"
+
+
 def find_directory(
     name: str | os.PathLike[str],
     *,
@@ -42,21 +48,25 @@ def find_directory(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """A directory as it is, or the local snapshot of a Hugging Face hub id, downloaded where needed.
+    """A directory as it is, or a local copy of one in a bucket, or of a Hugging Face hub id, downloaded where needed.
 
     Only the files that a model is read from are downloaded (`wanted_files`). Where the hub cannot be reached, the
-    snapshot in the cache is taken, if it is whole.
+    snapshot in the cache is taken, if it is whole. Of a directory in a bucket (`gs://…`) each machine copies all files.
 
     Args:
         revision: branch, tag or commit; None is the main branch.
         token: the hub's access token; None takes the one of the environment or of `hf auth login`.
-        cache_dir: None is huggingface_hub's own.
+        cache_dir: None is huggingface_hub's own, and `BUCKET_CACHE` for what is in a bucket.
         local_files_only: takes what is in the cache and asks nobody.
 
     Raises:
         InputError: neither a directory nor a repository that can be had; says which of the two was tried and why it
             failed.
     """
+    if in_bucket(name):
+        if local_files_only:
+            raise InputError(f"{name}: is not on this machine; copy it here")
+        return fetched(epath.Path(name), Path(BUCKET_CACHE if cache_dir is None else cache_dir).expanduser())
     path = Path(name).expanduser()
     if path.is_dir():
         return path

@@ -15,6 +15,7 @@ from jaxembed.checkpoint import directories
 from jaxembed.checkpoint.convert import convert, open_source, plan_conversion
 from jaxembed.checkpoint.directories import INCOMPLETE, download, model_path, new_directory, refuse_target
 from jaxembed.checkpoint.export import refuse_existing
+from jaxembed.checkpoint.hub import find_directory
 from jaxembed.errors import InputError
 
 from buckets import Bucket
@@ -43,6 +44,31 @@ def assert_same_files(found: Path, expected: Path, *, but: str = "") -> None:
     assert listing(found) == listing(expected)
     files = [name for name in listing(expected) if (expected / name).is_file() and name != but]
     assert filecmp.cmpfiles(found, expected, files, shallow=False) == (files, [], [])
+
+
+def test_a_model_is_read_from_a_bucket(bucket: Bucket, embedder: Embedder, tmp_path: Path) -> None:
+    embedder.save_pretrained(os.fspath(TARGET), verify=False)
+    found = Embedder.from_pretrained(os.fspath(TARGET), dtype="float32", cache_dir=tmp_path)
+    assert found.model_hash == embedder.model_hash
+    [copy] = tmp_path.glob("*/tiny")
+    assert find_directory(os.fspath(TARGET), cache_dir=tmp_path) == copy  # nothing is copied again
+    (TARGET / "README.md").write_text("another")
+    second = find_directory(os.fspath(TARGET), cache_dir=tmp_path)
+    assert second != copy
+    assert (second / "README.md").read_text() == "another"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.parent.name for path in (copy, second))
+
+
+def test_what_is_no_model_in_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gs://bucket/models/tiny: expected the directory of a model, found nothing"):
+        find_directory(os.fspath(TARGET), cache_dir=tmp_path)
+    (TARGET / "config.json").write_text("{}")
+    (TARGET / INCOMPLETE).write_text("")
+    with pytest.raises(InputError, match="gs://bucket/models/tiny: a model is being written there"):
+        find_directory(os.fspath(TARGET), cache_dir=tmp_path)
+    with pytest.raises(InputError, match="gs://bucket/models/tiny: is not on this machine"):
+        find_directory(os.fspath(TARGET), cache_dir=tmp_path, local_files_only=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_paths() -> None:
