@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model and devices")
     model.add_argument("--role", choices=("query", "document"), default="document", help="of texts (default: document)")
     model.add_argument("--prompt", metavar="TEXT", help="before each text, instead of the role's prompt")
-    model.add_argument("--text-format", metavar="FILE", help="YAML or JSON, for a model that has none")
+    model.add_argument("--text-format", metavar="FILE", help="YAML or JSON, instead of the model's own")
     model.add_argument("--dtype", default="auto", help="of the computation: auto, float32 or bfloat16 (default: auto)")
     model.add_argument("--revision", help="branch, tag or commit of a hub id (default: the main branch)")
     model.add_argument(

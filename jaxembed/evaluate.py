@@ -27,7 +27,7 @@ class EvaluateConfig(BaseModel):
     model: str | None = Field(default=None, description="directory of a model, or hub id")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     name: str | None = Field(default=None, description="of the model in tables; null = its hub id or directory")
-    text_format: TextFormatConfig | None = Field(default=None, description="for a model that has none")
+    text_format: TextFormatConfig | None = Field(default=None, description="instead of the model's own")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="of the computation")
     fsdp: int = Field(default=1, ge=1, description="devices of this machine over which the weights are split")
     batch_size: int | None = Field(
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--revision", help="branch, tag or commit of a hub id (default: the main branch)")
     model.add_argument("--name", help="of the model in tables (default: its hub id, or directory)")
     model.add_argument(
-        "--text-format", metavar="FILE", dest="format_file", help="YAML or JSON, for a model that has none"
+        "--text-format", metavar="FILE", dest="format_file", help="YAML or JSON, instead of the model's own"
     )
     model.add_argument("--dtype", help="of the computation: auto, float32 or bfloat16 (default: auto)")
     model.add_argument(

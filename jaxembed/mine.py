@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--query-prompt", metavar="TEXT", help="before each query, instead of the role's prompt")
     model.add_argument("--document-prompt", metavar="TEXT", help="before each document, instead of the role's prompt")
     model.add_argument("--symmetric", action="store_true", help="embed documents as queries")
-    model.add_argument("--text-format", metavar="FILE", help="YAML or JSON, for a model that has none")
+    model.add_argument("--text-format", metavar="FILE", help="YAML or JSON, instead of the model's own")
     model.add_argument("--dtype", default="auto", help="of the computation: auto, float32 or bfloat16 (default: auto)")
     model.add_argument("--revision", help="branch, tag or commit of a hub id (default: the main branch)")
     model.add_argument(

@@ -226,7 +226,7 @@ def write_safetensors(
     by default `{"format": "pt"}`, as transformers writes it.
 
     With `take` each file of weights gets its name when it is complete, and is given to `take`, which may move it
-    elsewhere. Of several `writers`, all of whom go through `tensors`, each writes every so-manieth file.
+    elsewhere. Of several `writers`, all of whom go through `tensors`, each writes files in turn.
 
     Raises `InputError` if a file cannot be written and `ValueError` if `tensors` are not those of `specs`.
     """
