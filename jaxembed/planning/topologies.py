@@ -42,6 +42,9 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
+# The compiler recurses, for bloom-3b on tpu7x deeper than the stacks that its threads have by default: the process dies.
+_STACK_SIZE = "--fibers_default_thread_stack_size", 4 << 20
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -108,6 +111,9 @@ def topology_devices(topology: Topology) -> list[Any]:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    option, size = _STACK_SIZE
+    if option not in (given := os.environ.get("LIBTPU_INIT_ARGS", "")):
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {option}={size}".strip()
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("compiling for a TPU needs libtpu, its compiler: pip install 'jaxembed[tpu]' (Linux, no TPU)")
     from jax.experimental import topologies
