@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+import fsspec.config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,9 @@ from jaxembed.errors import FULL_DISK, InputError
 from jaxembed.host_line import Line, Place, connect, exit_now
 
 logger = logging.getLogger(__name__)
+
+# gcsfs would go by what a folder held when it last looked, whatever other processes, and TensorStore, wrote since then.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 _SILENCE = 100  # seconds after which JAX takes a process that is there, but sends nothing, for dead
 _GATHERED_BYTES = 256 << 20  # of an array, on every device at once

@@ -1,10 +1,14 @@
-"""A bucket for tests: what `epath` reads and writes under gs:// lies in this process's memory.
+"""Buckets for tests.
 
-TensorStore, which does not go through `epath`, reaches the same objects over HTTP, where they are `served`.
+`Bucket`: what `epath` reads and writes under gs:// lies in this process's memory. `Service`: a server of this process,
+which gcsfs and TensorStore of all processes that inherit its environment take for Google's.
 """
 
 import contextlib
+import itertools
 import json
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,89 +36,194 @@ class Bucket(MemoryFileSystem):
         return {**found, "mtime": found["created"]} if "created" in found else found
 
 
-@contextlib.contextmanager
-def served(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """As much of the JSON API of Google Cloud Storage as TensorStore asks for; gives the requests so far.
+class Service:
+    """As much of the JSON API of Google Cloud Storage as gcsfs and TensorStore ask for; there are no directories.
 
-    Objects of `Bucket.store`: read whole or in part, written, deleted and listed, on conditions of their generation
-    (https://cloud.google.com/storage/docs/json_api/v1/objects).
+    Objects are read whole or in part, written whole or in parts, moved, deleted and listed, on conditions of their
+    generation (https://cloud.google.com/storage/docs/json_api/v1/objects).
     """
-    requests: list[str] = []
-    generations: dict[str, int] = {}
 
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        """By `bucket/name`."""
+        self.requests: list[str] = []
+        """Method, path and status of each request so far."""
+        self.generations: dict[str, int] = {}
+        self.numbers = itertools.count(1)
+        self.uploads: dict[int, bytes] = {}
+        """What there is so far of those in parts."""
+        self.lock = threading.Lock()
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes an object."""
+        self.objects[path] = data
+        self.generations[path] = next(self.numbers)
+
+    def under(self, prefix: str) -> list[str]:
+        """Paths of objects, sorted."""
+        return sorted(path for path in self.objects if path.startswith(prefix))
+
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[str]:
+        """Serves on loopback while the block runs; gives the address."""
+        server = _Server(("127.0.0.1", 0), _handler(self))
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            server.server_close()
+
+    def described(self, path: str) -> dict[str, str]:
+        bucket, _, name = path.partition("/")
+        generation, time = str(self.generations[path]), "2026-01-01T00:00:00.000Z"
+        size = str(len(self.objects[path]))
+        return {"bucket": bucket, "name": name, "size": size, "generation": generation, "updated": time}
+
+    def listed(self, bucket: str, options: dict[str, str]) -> dict[str, Any]:
+        """Objects, and what the names of those that have the delimiter begin with."""
+        prefix, delimiter = options.get("prefix", ""), options.get("delimiter", "")
+        start, end = options.get("startOffset", ""), options.get("endOffset") or "\uffff"
+        items, prefixes = [], set()
+        for path in self.under(f"{bucket}/{prefix}"):
+            name = path.removeprefix(f"{bucket}/")
+            first, found, _ = name.removeprefix(prefix).partition(delimiter) if delimiter else (name, "", "")
+            if not start <= name < end:
+                continue
+            if found:
+                prefixes.add(f"{prefix}{first}{delimiter}")
+            else:
+                items.append(self.described(path))
+        return {"items": items, "prefixes": sorted(prefixes)}
+
+
+@contextlib.contextmanager
+def served(patch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """An empty service, which this process and those that it starts find in place of Google's."""
+    service = Service()
+    with service.serve() as address:
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        patch.setenv("STORAGE_EMULATOR_HOST", address)
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks Google, over gRPC, what bucket it is
+        patch.setenv("no_proxy", "127.0.0.1")
+        yield service
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # who asked was killed, or needs no answer any more
+            super().handle_error(request, client_address)
+
+
+def _parts(kind: str, body: bytes) -> tuple[str, bytes]:
+    """Name and content of an upload that describes itself; Google's own client ends lines in another way than gcsfs."""
+    boundary = b"--" + kind.partition("boundary=")[2].strip("\"'").encode()
+    _, description, content, _ = re.split(rb"\r?\n?" + re.escape(boundary), body)
+    description, content = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (description, content))
+    return json.loads(description)["name"], content
+
+
+def _handler(service: Service) -> type[BaseHTTPRequestHandler]:
     class Answers(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
         def answer(self, status: int, body: bytes = b"", **headers: object) -> None:
-            requests.append(f"{self.command} {self.path} {status}")
+            service.requests.append(f"{self.command} {self.path} {status}")
             self.send_response(status)
             for name, value in {**headers, "content_length": len(body)}.items():
                 self.send_header(name.replace("_", "-"), str(value))
             self.end_headers()
             self.wfile.write(body)
 
+        def answer_json(self, value: object) -> None:
+            self.answer(200, json.dumps(value).encode(), content_type="application/json")
+
         def asked(self) -> tuple[str, str, dict[str, str]]:
             """Bucket, object and options."""
             url = urlsplit(self.path)
             bucket, _, name = url.path.partition("/b/")[2].partition("/o")
-            options = dict(parse_qsl(url.query, keep_blank_values=True))
-            return f"/{bucket}/", unquote(name.removeprefix("/")) or options.get("name", ""), options
-
-        def generation(self, path: str) -> int:
-            return generations.get(path, 1) if path in Bucket.store else 0
+            return bucket, unquote(name.removeprefix("/")), dict(parse_qsl(url.query, keep_blank_values=True))
 
         def refused(self, path: str, options: dict[str, str]) -> bool:
             wanted = options.get("ifGenerationMatch")
-            return wanted is not None and int(wanted) != self.generation(path)
+            return wanted is not None and int(wanted) != service.generations.get(path, 0)
 
         def do_GET(self) -> None:
             bucket, name, options = self.asked()
-            if not name:
-                start, end = bucket + options.get("startOffset", ""), bucket + options.get("endOffset", "\uffff")
-                found = sorted(path for path in Bucket.store if path.startswith(bucket) and start <= path < end)
-                items = [{"name": path.removeprefix(bucket), "size": str(Bucket.store[path].size)} for path in found]
-                return self.answer(200, json.dumps({"items": items}).encode())
-            if bucket + name not in Bucket.store:
-                return self.answer(404)
-            generation = self.generation(bucket + name)
+            path = f"{bucket}/{name}"
+            with service.lock:
+                if not name:
+                    whole = urlsplit(self.path).path.endswith("/o")
+                    return self.answer_json(service.listed(bucket, options) if whole else {"name": bucket})
+                if path not in service.objects:
+                    return self.answer(404, b"No such object")
+                data, generation = service.objects[path], service.generations[path]
+                if options.get("alt") != "media":
+                    return self.answer_json(service.described(path))
             if options.get("ifGenerationNotMatch") == str(generation):
                 return self.answer(304)
-            data = Bucket.store[bucket + name].getvalue()
-            start, _, end = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-            whole = "Range" not in self.headers
-            part = data[int(start) : int(end or len(data)) + 1] if start else data[-int(end) :]
-            first = int(start) if start else len(data) - len(part)
+            wanted = self.headers.get("Range")
+            if wanted is None:
+                return self.answer(200, data, x_goog_generation=generation)
+            start, _, end = wanted.removeprefix("bytes=").partition("-")
+            first = int(start) if start else max(0, len(data) - int(end))
+            part = data[first : int(end) + 1 if start and end else None]
+            if not part:
+                return self.answer(416, b"not satisfiable")
             place = f"bytes {first}-{first + len(part) - 1}/{len(data)}"
-            headers = {} if whole else {"content_range": place}
-            return self.answer(200 if whole else 206, part, x_goog_generation=generation, **headers)
+            return self.answer(206, part, x_goog_generation=generation, content_range=place)
 
         def do_POST(self) -> None:
             bucket, name, options = self.asked()
-            data = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.refused(bucket + name, options):
-                return self.answer(412)
-            generation = self.generation(bucket + name) + 1
-            Bucket().pipe_file(bucket + name, data)
-            generations[bucket + name] = generation
-            return self.answer(200, json.dumps({"name": name, "generation": str(generation)}).encode())
+            length = int(self.headers.get("Content-Length", 0))
+            data = self.rfile.read(length)
+            if len(data) < length:  # who wrote it was killed
+                return None
+            source, moved, target = urlsplit(self.path).path.partition("/moveTo/o/")
+            if moved:
+                name = unquote(target)
+                with service.lock:
+                    found = service.objects.pop(f"{bucket}/{unquote(source.partition('/o/')[2])}", None)
+                if found is None:
+                    return self.answer(404, b"No such object")
+                data = found
+            elif options["uploadType"] == "multipart":
+                name, data = _parts(self.headers["Content-Type"], data)
+            elif options["uploadType"] == "media":
+                name = options["name"]
+            elif "upload_id" not in options:  # the first of a resumable one
+                address, number = f"http://{self.headers['Host']}{self.path}", next(service.numbers)
+                service.uploads[number] = b""
+                return self.answer(200, location=f"{address}&upload_id={number}")
+            else:
+                name, number = options["name"], int(options["upload_id"])
+                data = service.uploads[number] = service.uploads[number] + data
+                if self.headers["Content-Range"].endswith("/*"):
+                    return self.answer(308, range=f"bytes=0-{len(data) - 1}")
+                del service.uploads[number]
+            path = f"{bucket}/{name}"
+            with service.lock:
+                if self.refused(path, options):
+                    return self.answer(412)
+                service.put(path, data)
+                return self.answer_json(service.described(path))
 
         def do_DELETE(self) -> None:
             bucket, name, options = self.asked()
-            if self.refused(bucket + name, options):
-                return self.answer(412)
-            return self.answer(204 if Bucket.store.pop(bucket + name, None) else 404)
+            path = f"{bucket}/{name}"
+            with service.lock:
+                if self.refused(path, options):
+                    return self.answer(412)
+                service.generations.pop(path, None)
+                known = service.objects.pop(path, None) is not None
+            return self.answer(204) if known else self.answer(404, b"No such object")
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
-    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-    patch.setenv("no_proxy", "127.0.0.1")
-    try:
-        yield requests
-    finally:
-        server.shutdown()
-        server.server_close()
+    return Answers

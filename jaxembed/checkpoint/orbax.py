@@ -112,7 +112,7 @@ class TrainingCheckpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending; whether each can be read is known only after reading it."""
-        return _complete_steps(self.directory)
+        return complete_steps(self.directory)
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to save `state` as the checkpoint of `step`, after the save before it has ended.
@@ -217,7 +217,8 @@ class TrainingCheckpoints:
             wanted = leaf_names(like)
             _compare(path, stored, wanted)
             try:
-                arrays = ocp.load(path, {name: leaf for name, leaf in wanted.items() if leaf.size})
+                with _alone():
+                    arrays = ocp.load(path, {name: leaf for name, leaf in wanted.items() if leaf.size})
             except Exception as error:
                 failure = _first_line(error)
             if failure := _anyones("arrays read", failure):
@@ -262,7 +263,7 @@ class TrainingCheckpoints:
     def _remove_leftovers(self) -> None:
         """Removes what interrupted saves and deletions left; called only while no save is under way."""
         if hosts.is_main():
-            for path in self.directory.iterdir():
+            for path in _entries(self.directory):
                 half_deleted = path.name.isdecimal() and not (path / COMMIT_MARKER).exists()
                 if TEMPORARY_INFIX in path.name or half_deleted:
                     path.rmtree(missing_ok=True)
@@ -277,18 +278,39 @@ def newest_checkpoint(directory: epath.PathLike) -> tuple[epath.Path, dict[str, 
         InputError: there is none.
     """
     directory, reasons = _absolute(directory), []
-    for step in reversed(_complete_steps(directory)):
+    for step in reversed(complete_steps(directory)):
         path = directory / str(step)
         try:
-            store_contents(path)
-            info = ocp.metadata(path).custom_metadata
-            if isinstance(info, dict):
-                return path, info
-            reasons.append(f"step {step}: its record is missing")
+            return path, checkpoint_record(path)
         except InputError as error:
             reasons.append(str(error))
             log.warning("skipped an unreadable checkpoint: %s", error)
     raise InputError(f"{directory}: no checkpoint that can be read" + "".join(f"; {reason}" for reason in reasons))
+
+
+def complete_steps(directory: epath.PathLike) -> list[int]:
+    """Steps that have a complete checkpoint in the directory, ascending; whether each can be read is another matter."""
+    return sorted(
+        int(path.name)
+        for path in _entries(_absolute(directory))
+        if path.name.isdecimal() and (path / COMMIT_MARKER).exists()
+    )
+
+
+def checkpoint_record(path: epath.PathLike) -> dict[str, Any]:
+    """The record of a training checkpoint.
+
+    Raises:
+        InputError: it, or the list of the checkpoint's arrays, cannot be read.
+    """
+    store_contents(path)
+    try:
+        info = ocp.metadata(_absolute(path)).custom_metadata
+    except Exception as error:
+        raise InputError(f"{path}: its record cannot be read: {_first_line(error)}") from error
+    if not isinstance(info, dict):
+        raise InputError(f"{path}: its record is missing")
+    return info
 
 
 def write_store(
@@ -433,6 +455,14 @@ def _absolute(directory: epath.PathLike) -> epath.Path:
     return path if "://" in os.fspath(path) else path.resolve()
 
 
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    """What it holds; a bucket has no folders, so that one where nothing was written yet is not there."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _kvstore(directory: epath.PathLike) -> dict[str, Any]:
     base = {"driver": "file", "path": str(_absolute(directory) / "state")}
     return {"driver": "ocdbt", "base": base}
@@ -441,6 +471,14 @@ def _kvstore(directory: epath.PathLike) -> dict[str, Any]:
 def _open_array(directory: epath.PathLike, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
     spec = {"driver": "zarr3", "kvstore": {**_kvstore(directory), "path": name}}
     return tensorstore.open(spec, context=context, open=True).result()
+
+
+def _alone() -> ocp.Context:
+    """For reading: each process by itself, since Orbax's barriers wait for one that cannot read its part."""
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    return context
 
 
 def _store_context() -> ocp.Context:
@@ -481,12 +519,6 @@ def _take(tree: dict[str, Any], path: ArrayPath) -> jax.Array:
     for folder in folders:
         tree = tree[folder]
     return tree.pop(name)
-
-
-def _complete_steps(directory: epath.Path) -> list[int]:
-    return sorted(
-        int(path.name) for path in directory.iterdir() if path.name.isdecimal() and (path / COMMIT_MARKER).exists()
-    )
 
 
 def _compare(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
