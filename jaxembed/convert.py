@@ -15,6 +15,7 @@ from jaxembed.errors import InputError
 
 if TYPE_CHECKING:
     from jaxembed.checkpoint.convert import Conversion
+    from jaxembed.training.run_directory import Which
 
 CONTAINERS = ("orbax", "hf", "sentence-transformers")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -38,11 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jaxembed.text.format import read_text_format_file
     from jaxembed.training.run_directory import is_run, open_run
 
+    which = _which(arguments.checkpoint)
     text_format = None if arguments.text_format is None else read_text_format_file(arguments.text_format)
     path = find_directory(arguments.source, revision=arguments.revision)
     target = model_path(arguments.target)
     refuse_target(target, path, arguments.overwrite)
-    source = open_run(path) if is_run(path) else open_source(path)
+    if is_run(path):
+        source = open_run(path, which)
+    elif which is None:
+        source = open_source(path)
+    else:
+        raise InputError(f"--checkpoint {which}: {path} is no training run")
     export: Container = "sentence-transformers"
     usual: dict[str, Container] = {"Hugging Face": "orbax", "Orbax": "hf", "training run": export, "adapter": export}
     to = arguments.to or usual[source.kind]
@@ -77,8 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         help="a Hugging Face, sentence-transformers or Orbax model directory, a hub id, an adapter that PEFT wrote "
-        "(merged into its base), or the directory of a training run (its base with the trained part of the newest "
-        "checkpoint)",
+        "(merged into its base), or the directory of a training run (its base with the trained part of a checkpoint)",
     )
     parser.add_argument("target", metavar="TARGET", help="the directory to write, local or gs://")
     parser.add_argument(
@@ -87,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what to write: an Orbax model directory, a Hugging Face directory with the source's own names and small "
         "files, or an export for sentence-transformers, transformers and vLLM (default: orbax for a Hugging Face "
         "directory, hf for an Orbax one, sentence-transformers for a training run or an adapter)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="newest|best|STEP",
+        help="of a training run: the newest one, the one where evaluation.best_metric was best, or that of a step "
+        "(default: what the run exports: the best one so far where it looks for that, unless its export.checkpoint is "
+        "last; else the newest)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each keeps its own)")
     parser.add_argument(
@@ -112,6 +125,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _which(checkpoint: str | None) -> "Which | None":
+    """Of `--checkpoint`."""
+    if checkpoint is None or checkpoint == "newest" or checkpoint == "best":
+        return checkpoint
+    if re.fullmatch(r"[0-9]+", checkpoint):
+        return int(checkpoint)
+    raise InputError(f"--checkpoint: expected newest, best or the number of a step, found {checkpoint!r}")
+
+
 def size_in_bytes(size: str) -> int:
     """Of `--max-shard-size`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", size.strip().upper())
@@ -127,8 +149,9 @@ def _table(conversion: "Conversion") -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     beside = len(source.plan.ignored) - len(conversion.dropped)
+    kind = f"{source.kind} {source.state}".rstrip()
     total = (
-        f"{source.path} ({source.kind}) to {conversion.to}: {len(source.plan.assignments)} tensors fill all "
+        f"{source.path} ({kind}) to {conversion.to}: {len(source.plan.assignments)} tensors fill all "
         f"parameters, {beside} carried beside the model, {len(conversion.dropped)} dropped, none left over; "
         f"{conversion.nbytes / 1e9:.3f} GB; nothing was written"
     )

@@ -85,6 +85,8 @@ class Source:
     """Of a training run or an adapter, which have no small files of a model; None: they are in `path`."""
     card: Callable[[str, str], str] | None = None
     """(the target's name, hash of its weights) → the model card of a training run."""
+    state: str = ""
+    """Of a training run: after which step."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class Summary:
     """What was written."""
 
     target: ModelPath
+    state: str
+    """`Source.state`."""
     tensors: int
     nbytes: int
     dtypes: Sequence[str]
@@ -142,7 +146,8 @@ class Summary:
 
     def __str__(self) -> str:
         what = f"{self.tensors} tensors, {self.nbytes / 1e9:.3f} GB, {' and '.join(self.dtypes)}"
-        lines = [f"{self.target}: {what}, weights {self.weights_hash}"]
+        state = f" ({self.state})" if self.state else ""
+        lines = [f"{self.target}{state}: {what}, weights {self.weights_hash}"]
         if self.dropped:
             lines.append(f"dropped, as an embedder has no use for it: {', '.join(self.dropped)}")
         if self.not_copied:
@@ -309,7 +314,14 @@ def convert(
             verify(partial)
     dtypes = sorted({spec.dtype_name for spec in conversion.specs})
     return Summary(
-        target, len(conversion.specs), conversion.nbytes, dtypes, weights_hash, conversion.dropped, not_copied
+        target,
+        source.state,
+        len(conversion.specs),
+        conversion.nbytes,
+        dtypes,
+        weights_hash,
+        conversion.dropped,
+        not_copied,
     )
 
 

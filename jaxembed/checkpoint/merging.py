@@ -188,6 +188,7 @@ def merge(
         weights_hash=None,
         tokenizer=tokenizer,
         card=card,
+        state="",
     )
     conversion = plan_conversion(merged, to, dtype)
     if to != "sentence-transformers":  # which has no place for them

@@ -21,6 +21,7 @@ from jaxembed.training.texts import is_symmetric, read_sources
 
 logger = logging.getLogger(__name__)
 
+BEST_DIRECTORY = "best"
 BEST_FILE = "best.json"
 
 Found = Mapping[str, Mapping[str, float]]
@@ -64,12 +65,18 @@ class BestCheckpoint:
     Of several processes all make the same calls.
     """
 
-    def __init__(self, directory: epath.Path, metric: str) -> None:
+    def __init__(self, directory: epath.Path, metric: str, identity: Mapping[str, Any]) -> None:
+        """
+        Args:
+            directory: of the run.
+            identity: what the records of its checkpoints say of its data and base model.
+        """
         self.metric = metric
-        self._directory = directory
-        self._checkpoints = TrainingCheckpoints(directory / "best", keep=1)
+        self._directory, self._identity = directory, identity
+        self._checkpoints = TrainingCheckpoints(directory / BEST_DIRECTORY, keep=1)
         self.info = self._known()
-        """Of the best so far: "step", "metric", "value", and "dev", all metrics then; None before there is one."""
+        """Of the best so far: "step", "metric", "value", "dev", all metrics then, and the identity; None before there
+        is one."""
 
     def _known(self) -> dict[str, Any] | None:
         info = None
@@ -93,7 +100,7 @@ class BestCheckpoint:
         if not math.isfinite(value) or (self.info is not None and sign * value <= sign * self.info["value"]):
             return
         dev = {name: dict(values) for name, values in found.items()}
-        self.info = {"step": step, "metric": self.metric, "value": value, "dev": dev}
+        self.info = {"step": step, "metric": self.metric, "value": value, "dev": dev, **self._identity}
         self._checkpoints.save(max(self._checkpoints.steps(), default=0) + 1, {"trainable": trainable}, self.info)
         self._checkpoints.wait()
         if hosts.is_main():

@@ -196,7 +196,9 @@ def _run(
         logger.info("%s", start_line(decoder, trainable, frozen, mesh, batches, options, start))
         best_metric = config.evaluation.best_metric
         with (
-            contextlib.nullcontext() if best_metric is None else BestCheckpoint(directory, best_metric) as best,
+            contextlib.nullcontext()
+            if best_metric is None
+            else BestCheckpoint(directory, best_metric, identity) as best,
             MetricsWriter(directory, tensorboard=config.logging.tensorboard, after_step=start) as metrics,
         ):
             termination.now("the first evaluation")

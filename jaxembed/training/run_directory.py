@@ -1,9 +1,9 @@
-"""A training run as the source of a conversion: its base, with the trained part of its newest checkpoint in place."""
+"""A training run as the source of a conversion: its base, with the trained part of a checkpoint in place."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,7 +16,13 @@ from jaxembed.checkpoint.export import is_causal
 from jaxembed.checkpoint.hub import find_directory
 from jaxembed.checkpoint.huggingface import WeightsHash, in_order
 from jaxembed.checkpoint.model_card import model_card
-from jaxembed.checkpoint.orbax import newest_checkpoint, read_to_host, store_contents
+from jaxembed.checkpoint.orbax import (
+    checkpoint_record,
+    complete_steps,
+    newest_checkpoint,
+    read_to_host,
+    store_contents,
+)
 from jaxembed.checkpoint.parts import Parts, huggingface_shapes
 from jaxembed.checkpoint.pretrained import abstract_decoder, flat_state, random_decoder, with_attention
 from jaxembed.checkpoint.safetensors import TensorSpec
@@ -25,11 +31,15 @@ from jaxembed.errors import InputError
 from jaxembed.models import Family
 from jaxembed.models.weights import ParameterPath, Plan, assignments, shorten
 from jaxembed.text.tokenizer import TextTokenizer
+from jaxembed.training.dev import BEST_DIRECTORY
 from jaxembed.training.filters import trains, with_parts
 from jaxembed.training.gradient import LOG_TEMPERATURE
 from jaxembed.training.prepare import parameter_dtype, scratch_decoder
 from jaxembed.training.report import CONFIG_FILE
 from jaxembed.training.texts import train_token_ids
+
+Which = Literal["newest", "best"] | int
+"""Of a run's states; a number is that of a step."""
 
 _Tensors = Iterator[tuple[str, np.ndarray]]
 
@@ -39,17 +49,21 @@ def is_run(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() and (path / "checkpoints").is_dir()
 
 
-def open_run(path: Path) -> Source:
-    """The model of a run as its newest readable checkpoint has it, in the text format that it was trained in.
+def open_run(path: Path, which: Which | None = None) -> Source:
+    """The model of a run as one of its checkpoints has it, in the text format that it was trained in.
 
     The tensors are those of the run's own export, had it ended at that checkpoint: what training changes in float32,
     the others in the dtype in which they were held. Nothing of the optimiser is read.
 
+    Args:
+        which: the newest checkpoint that can be read, the best one, or that of a step; None: the one that the run
+            would export, which is the newest one where no state is known as the best yet.
+
     Raises:
-        InputError: no checkpoint, or it does not belong to the config, or the base is another one than then.
+        InputError: no such checkpoint, or it does not belong to the config, or the base is another one than then.
     """
     config = load_config(path / CONFIG_FILE, ["--run_dir", str(path)])
-    checkpoint, info = newest_checkpoint(path / "checkpoints")
+    checkpoint, info, note = _choose(path, config, which)
     tokenizer = TextTokenizer.from_directory(path / "tokenizer")
     dtype = np.dtype(parameter_dtype(config))
     if config.model.path is not None:
@@ -100,7 +114,7 @@ def open_run(path: Path) -> Source:
             name=name,
             text_format=tokenizer.text_format,
             dim=model.dim,
-            description=f"The model after step {info.get('step')} of its training.",
+            description=f"The model after step {info.get('step')} of its training{note}.",
             base_model=config.model.path,
             config=config.model_dump(mode="json"),
             causal=is_causal(huggingface_config),
@@ -109,8 +123,33 @@ def open_run(path: Path) -> Source:
 
     return Source(
         path, "training run", family, model, huggingface_config, Plan(tuple(plan), "", ()), specs, read,
-        tokenizer=tokenizer, card=card,
+        tokenizer=tokenizer, card=card, state=f"after step {info.get('step')}{note}",
     )  # fmt: skip
+
+
+def _choose(path: Path, config: TrainConfig, which: Which | None) -> tuple[epath.Path, Mapping[str, Any], str]:
+    """The checkpoint, its record, and what else is known of the state."""
+    checkpoints, best = epath.Path(path) / "checkpoints", epath.Path(path) / BEST_DIRECTORY
+    has_best, metric, note = best.is_dir() and bool(complete_steps(best)), config.evaluation.best_metric, ""
+    if which is None:
+        which = "best" if has_best and config.export.checkpoint != "last" else "newest"
+        if metric is not None and not has_best:
+            note = f"; no value of {metric} is known yet"
+    if which == "newest":
+        return *newest_checkpoint(checkpoints), note
+    steps = complete_steps(checkpoints)
+    if which in steps:
+        return checkpoints / str(which), checkpoint_record(checkpoints / str(which)), note
+    kept = f"the steps that are kept: {', '.join(map(str, steps)) or 'none'}"
+    if has_best:
+        checkpoint, info = newest_checkpoint(best)
+        if which in ("best", info["step"]):
+            return checkpoint, info, f", where {info['metric']} was best: {info['value']:.4f}"
+        kept += f"; the best one: {info['step']}"
+    elif which == "best":
+        why = "the run has no evaluation.best_metric" if metric is None else f"no value of {metric} is known yet"
+        raise InputError(f"{path}: none of its states is known as the best: {why}; {kept}")
+    raise InputError(f"{checkpoints}: no checkpoint of step {which}; {kept}")
 
 
 class _Stacks:

@@ -1,6 +1,7 @@
 """Local tasks as dev sets of a run, and the state that did best by one of them: kept, exported, found again."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 
 from jaxembed import convert
 from jaxembed.__main__ import run_command
-from jaxembed.training import loop
+from jaxembed.training import loop, run_directory
 from jaxembed.training.dev import BestCheckpoint
 
 from runs import Workshop, make_rows, rows_of, write_jsonl
@@ -50,6 +51,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     made.values["checkpoint"] = {"every_steps": 2, "keep": 1}
     made.values["evaluation"] = {"every_steps": 2, "bm25": False, "best_metric": "all/ndcg@10"}
     made.config = made.write_config()
+    made.write_config("one", data={**made.values["data"], "dev": made.values["data"]["dev"][:1]})
     return made
 
 
@@ -94,9 +96,12 @@ def test_the_best_state_is_kept_exported_and_found_again(
 
     # The run as it was after step 2.
     two = shutil.copytree(last, workshop.folder / "two")
+    assert convert_run(two, workshop.folder / "of last") == 0
+    assert_same(weights(workshop.folder / "of last"), weights(last / "model"))
     for step in (4, 6):
         shutil.rmtree(two / "checkpoints" / str(step))
-    assert run_command(convert.main, [str(two), str(workshop.folder / "of two")]) == 0
+    shutil.rmtree(two / "best")
+    assert convert_run(two, workshop.folder / "of two") == 0
     expected = weights(workshop.folder / "of two")
 
     run = workshop.folder / "best run"
@@ -126,13 +131,126 @@ def test_the_best_state_is_kept_exported_and_found_again(
     assert len(list((run / "best").iterdir())) == 1
 
 
+def convert_run(*arguments: object) -> int:
+    return run_command(convert.main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.usefixtures("scored")
+@pytest.mark.parametrize(
+    "trainable",
+    ["bitfit", pytest.param("full", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow)],
+)
+def test_any_state_of_a_run_becomes_a_model(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str
+) -> None:
+    run, target, one = tmp_path / "run", tmp_path / "target", workshop.folder / "one.yaml"
+    rows = ("--training.train_tokens", '["e", "a"]') if trainable == "lora" else ()
+    keep = ("--checkpoint.keep", 9)
+    assert workshop.train(run, "--training.trainable", trainable, *rows, *keep, config=one) == 0
+    capsys.readouterr()
+
+    def converted(*options: object) -> tuple[str, dict[str, np.ndarray]]:
+        """The state that is named, and the weights."""
+        assert convert_run(run, target, "--overwrite", *options) == 0
+        state = capsys.readouterr().out.removeprefix(f"{target} (").split("): ")[0]
+        step, comma, rest = state.removeprefix("after step ").partition(",")
+        assert f"The model after step {step} of its training{comma}{rest}." in (target / "README.md").read_text()
+        return state, weights(target)
+
+    best = "after step 2, where all/ndcg@10 was best: 0.7500"
+    exported = weights(run / "model")
+    states = {}
+    for step in (2, 4):
+        named, states[step] = converted("--checkpoint", step)
+        assert named == f"after step {step}"
+    assert_same(states[2], exported)
+    assert any(not np.array_equal(value, exported[name]) for name, value in states[4].items())
+    shutil.rmtree(run / "checkpoints" / "2")  # the state is in best/ as well
+    for options in ([], ["--checkpoint", "best"], ["--checkpoint", 2]):
+        named, found = converted(*options)
+        assert named == best
+        assert_same(found, exported)
+    shutil.rmtree(run / "checkpoints" / "6")
+    named, found = converted("--checkpoint", "newest")
+    assert named == "after step 4"
+    assert_same(found, states[4])
+    assert convert_run(run, target, "--overwrite", "--dry-run") == 0
+    assert f"(training run {best}) to sentence-transformers" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("scored")
+def test_states_that_are_not_there(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    one = workshop.folder / "one.yaml"
+    assert workshop.train(run, config=one) == 0
+
+    def refused(source: Path, checkpoint: object) -> str:
+        capsys.readouterr()
+        assert convert_run(source, tmp_path / "target", "--checkpoint", checkpoint) == 2
+        assert not (tmp_path / "target").exists()
+        return capsys.readouterr().err
+
+    assert "run/checkpoints: no checkpoint of step 4; the steps that are kept: 6; the best one: 2" in refused(run, 4)
+    assert "expected newest, best or the number of a step, found 'last'" in refused(run, "last")
+    assert "--checkpoint 6: " in (error := refused(run / "model", 6))
+    assert "model is no training run" in error
+
+    # Frozen weights have to be those of then also where no other checkpoint tells what they were.
+    shutil.rmtree(run / "checkpoints" / "6")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "_read_base", changed_base(run_directory._read_base))
+        assert "is not the one that the run began with" in refused(run, "best")
+
+    for file in (run / "best").rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    assert "run/best: no checkpoint that can be read" in refused(run, "best")
+
+    plain = tmp_path / "plain"
+    assert workshop.train(plain, "--evaluation.best_metric", "null", "--checkpoint.keep", 2, config=one) == 0
+    error = refused(plain, "best")
+    assert "none of its states is known as the best: the run has no evaluation.best_metric" in error
+    assert "the steps that are kept: 4, 6" in error
+    assert "no checkpoint of step 2; the steps that are kept: 4, 6\n" in refused(plain, 2)
+
+
+def test_a_run_whose_best_state_is_not_known_yet(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*arguments: Any) -> dict[str, dict[str, float]]:
+        if arguments[5] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    original = loop._evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_evaluate", evaluate)
+        assert workshop.train(tmp_path / "run", config=workshop.folder / "one.yaml") == 0
+    capsys.readouterr()
+    assert convert_run(tmp_path / "run", tmp_path / "target", "--checkpoint", "best") == 2
+    assert "no value of all/ndcg@10 is known yet; the steps that are kept: 2\n" in capsys.readouterr().err
+    assert convert_run(tmp_path / "run", tmp_path / "target") == 0
+    assert "(after step 2; no value of all/ndcg@10 is known yet): " in capsys.readouterr().out
+
+
+def changed_base(read: Any) -> Any:
+    """A reader of the base that finds other values in it."""
+
+    def changed(*arguments: Any) -> Iterator[tuple[str, np.ndarray]]:
+        return ((name, array + 1) for name, array in read(*arguments))
+
+    return changed
+
+
 def considered(folder: Path, metric: str, values: Sequence[float]) -> dict[str, Any] | None:
     """What is known of the best one after these values, of steps 1, 2, …"""
     name, _, key = metric.rpartition("/")
-    with BestCheckpoint(epath.Path(folder), metric) as best:
+    with BestCheckpoint(epath.Path(folder), metric, {}) as best:
         for step, value in enumerate(values, start=1):
             best.consider(step, nnx.State({"x": nnx.Param(jnp.float32(step))}), {name: {key: value}})
-    with BestCheckpoint(epath.Path(folder), metric) as again:
+    with BestCheckpoint(epath.Path(folder), metric, {}) as again:
         assert again.info == best.info
         if best.info is not None:
             restored: Any = again.restore(nnx.State({"x": nnx.Param(jnp.float32(0))}))
