@@ -18,26 +18,34 @@ from common import interleaved, machine, parser, random_bloom, read_rows, table
 KNOWN = 0.867, 0.002
 """Spearman of all-MiniLM-L6-v2 on STS-B's dev set, and how far from it ours may be."""
 
+_CODE = "instruction=Find the code that does this: "
+_ANSWER = "instruction=Find the passage that answers this question: "
+_MEDICAL = "instruction=Find the answer to this medical question: "
+_ABSTRACT = "instruction=Find the abstract of the paper with this title: "
+_SAME = "instruction=Find a text that means the same: "
+_INTENT = "instruction=Find a request of the same intent: "
+
 DEV_SETS = (
-    "retrieval:{dev}/cosqa,split=dev",
-    "retrieval:{dev}/cranfield",
-    "retrieval:{dev}/medline",
-    "retrieval:{dev}/pubmedqa/pqa_l.jsonl.gz,name=pubmedqa,anchor=query,positive=passage",
-    "retrieval:{dev}/xquad/de.queries.jsonl.gz,name=xquad-de,language=deu-Latn",
-    "retrieval:{dev}/medquad/dev.jsonl.gz,name=medquad",
-    "retrieval:{dev}/arxiv_cs/dev.jsonl.gz,name=arxiv,anchor=title,positive=abstract",
-    "code_search:{dev}/arxiv_cs/dev.jsonl.gz,name=arxiv-1-999,anchor=title,positive=abstract",
-    "sts:{dev}/stsb_multi/en.dev.jsonl.gz,name=stsb-en",
-    "sts:{dev}/stsb_multi/de.dev.jsonl.gz,name=stsb-de,language=deu-Latn",
-    "sts:{dev}/korsts/korsts.dev.jsonl.gz,name=korsts,language=kor-Hang",
-    "classification:{dev}/clinc150/test.jsonl.gz,name=clinc150,train={dev}/clinc150/val.jsonl.gz",
-    "classification:{dev}/hwu64/test.jsonl.gz,name=hwu64,train={train}/hwu64/train.jsonl.gz",
-    "clustering:{dev}/stackoverflow_clustering/titles.jsonl.gz,name=stackoverflow",
-    "pairs:{dev}/cosqa_pairs/dev.jsonl.gz,name=cosqa-pairs,anchor=query,positive=code,score=label",
-    "reranking:{dev}/trecqa_rerank/dev.jsonl.gz,name=trecqa",
-    "bitext:{dev}/msdocs_bitext/dev.jsonl.gz,name=msdocs-da,only=lang=da",
-    "bitext:{dev}/msdocs_bitext/dev.jsonl.gz,name=msdocs-zh,only=lang=zh",
+    f"retrieval:{{dev}}/cosqa,split=dev,{_CODE}",
+    f"retrieval:{{dev}}/cranfield,{_ANSWER}",
+    f"retrieval:{{dev}}/medline,{_ANSWER}",
+    f"retrieval:{{dev}}/pubmedqa/pqa_l.jsonl.gz,name=pubmedqa,anchor=query,positive=passage,{_ANSWER}",
+    f"retrieval:{{dev}}/xquad/de.queries.jsonl.gz,name=xquad-de,language=deu-Latn,{_ANSWER}",
+    f"retrieval:{{dev}}/medquad/dev.jsonl.gz,name=medquad,{_MEDICAL}",
+    f"retrieval:{{dev}}/arxiv_cs/dev.jsonl.gz,name=arxiv,anchor=title,positive=abstract,{_ABSTRACT}",
+    f"code_search:{{dev}}/arxiv_cs/dev.jsonl.gz,name=arxiv-1-999,anchor=title,positive=abstract,{_ABSTRACT}",
+    f"sts:{{dev}}/stsb_multi/en.dev.jsonl.gz,name=stsb-en,{_SAME}",
+    f"sts:{{dev}}/stsb_multi/de.dev.jsonl.gz,name=stsb-de,language=deu-Latn,{_SAME}",
+    f"sts:{{dev}}/korsts/korsts.dev.jsonl.gz,name=korsts,language=kor-Hang,{_SAME}",
+    f"classification:{{dev}}/clinc150/test.jsonl.gz,name=clinc150,train={{dev}}/clinc150/val.jsonl.gz,{_INTENT}",
+    f"classification:{{dev}}/hwu64/test.jsonl.gz,name=hwu64,train={{train}}/hwu64/train.jsonl.gz,{_INTENT}",
+    f"clustering:{{dev}}/stackoverflow_clustering/titles.jsonl.gz,name=stackoverflow,{_SAME}",
+    f"pairs:{{dev}}/cosqa_pairs/dev.jsonl.gz,name=cosqa-pairs,anchor=query,positive=code,score=label,{_SAME}",
+    f"reranking:{{dev}}/trecqa_rerank/dev.jsonl.gz,name=trecqa,{_ANSWER}",
+    f"bitext:{{dev}}/msdocs_bitext/dev.jsonl.gz,name=msdocs-da,only=lang=da,{_SAME}",
+    f"bitext:{{dev}}/msdocs_bitext/dev.jsonl.gz,name=msdocs-zh,only=lang=zh,{_SAME}",
 )
+"""With the instructions that `mixture.py` trains; a model that takes none is given none."""
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """One config on many sets: a small decoder from scratch, and what it learns of retrieval and similarity.
 
 Ten training sets, each with its own instruction, in mixed batches with a cap; judged on sets that are not trained on,
-in languages that are and in others. `--twice` trains a second time and compares every weight.
+in languages that are and in others. `--twice` trains a second time and compares every weight; `--keep DIR` leaves the
+decoder as it was and as it became in DIR/before and DIR/after, for `evaluate.py --models`.
 """
 
 import json
@@ -144,10 +145,24 @@ def results(run: Path) -> list[dict[str, object]]:
     return found
 
 
+def keep_models(run: Path, file: Path, target: Path) -> None:
+    """The exported model, and the same with the weights that the config's seed began with."""
+    from jaxembed import Embedder
+    from jaxembed.config import load_config
+    from jaxembed.sharding import make_mesh
+    from jaxembed.training.prepare import prepare_decoder
+
+    after = Embedder.from_pretrained(run / "model")
+    decoder = prepare_decoder(load_config(file), after.tokenizer, make_mesh(1, 1, 1), "float32")
+    Embedder(decoder, after.tokenizer).save_pretrained(target / "before", verify=False, overwrite=True)
+    after.save_pretrained(target / "after", verify=False, overwrite=True)
+
+
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--twice", action="store_true", help="train again with the same seed and compare weights")
+    options.add_argument("--keep", type=Path, metavar="DIR", help="for the models before and after")
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
@@ -167,6 +182,8 @@ def main() -> None:
             weights = [(work / name / "model" / "model.safetensors").read_bytes() for name in ("first", "second")]
             same = "identical" if weights[0] == weights[1] else "OTHER"
             print(f"\nWeights of a second run with the same seed: {same}")
+        if arguments.keep:
+            keep_models(work / "first", file, arguments.keep)
 
 
 if __name__ == "__main__":
