@@ -137,8 +137,10 @@ def _memory(plan: Plan) -> list[str]:
     if compiled.fits:
         lines.append(f"fits: {compiled.total / GIB:.2f} of {limit:.2f} GiB; compiled in {compiled.seconds:.0f} s")
     else:
-        needed = "more" if compiled.needed is None else f"{compiled.needed:.2f}"
-        lines.append(f"does not fit: the compiler needs {needed} of {limit:.2f} GiB")
+        said = " ".join(compiled.refused.split())[:200]  # of another memory, such as that inside of a core
+        if compiled.needed is not None:
+            said = f"the compiler needs {compiled.needed:.2f} of {limit:.2f} GiB"
+        lines.append(f"does not fit: {said}")
     return lines
 
 

@@ -108,6 +108,9 @@ def test_changes_that_make_it_fit(planned: Callable[..., Plan]) -> None:
     assert "the smallest changes that make it fit" in text
     assert "takes at least" not in text
     assert as_dict(plan)["texts_per_second"] is None
+    inside = Compiled(False, 60.0, refused="RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory")
+    text = page(dataclasses.replace(plan, compiled=inside))
+    assert "does not fit: RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory\n" in text
     third = planned("--mesh.fsdp", "2", answers=[TOO_LARGE, TOO_LARGE, TOO_LARGE]).changes
     assert [change.compiled for change in third[:2]] == [TOO_LARGE, TOO_LARGE]
     assert third[2].compiled is None
