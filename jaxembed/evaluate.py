@@ -81,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jaxembed.sharding import local_mesh
     from jaxembed.text.format import read_text_format_file
 
+    name = config.name or model_name(config.model)
+    try:
+        output = Path(config.output or f"evaluations/{name.replace('/', '__')}").expanduser()
+    except RuntimeError as error:
+        raise InputError(f"--output {config.output}: no such folder: {error}") from None
     tasks += named_tasks(config.mteb_tasks)
     tasks += [] if config.benchmark is None else benchmark_tasks(config.benchmark)
     names = list(check_tasks(tasks))
@@ -96,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh=local_mesh(config.fsdp),
         revision=config.revision,
     )
-    name = config.name or model_name(config.model)
     model = MTEBModel(
         embedder,
         name=name,
@@ -107,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         truncate_dim=config.truncate_dim,
         batch_size=config.batch_size,
     )
-    output = Path(config.output or f"evaluations/{name.replace('/', '__')}").expanduser()
+    if config.output is None:
+        _refuse_other_weights(output, model.revision)
     run = evaluate(model, tasks, output)
     print(_beside(run, config.published).markdown() if config.published else scores_table(run).markdown())
     missing = sorted(set(names) - {score.task for score in run.scores})
@@ -115,6 +120,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(f"error: left out: {', '.join(missing)}; the report says why", file=sys.stderr)
     return 1 if missing else 0
+
+
+def _refuse_other_weights(folder: Path, revision: str) -> None:
+    """Models in different places may have one name, after which the folder is called."""
+    from jaxembed.evaluation.scores import Run
+
+    try:
+        found = Run.load(folder)
+    except InputError:  # there is none, or a damaged one
+        return
+    if found.revision.partition("-")[0] != revision.partition("-")[0]:
+        raise InputError(f"{folder}: holds the report of other weights; give --output or --name")
 
 
 def _compare(folders: Sequence[str], output: str | None) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses, embeds what is not embedded yet, prints the hits; returns the exit status."""
+    """Parses, embeds what is not embedded yet, prints the hits; returns the exit status: 1 if a typed query failed."""
     arguments = _parser().parse_args(argv)
     if arguments.top_k < 1:
         raise InputError(f"--top-k: expected a whole number of at least 1, found {arguments.top_k}")
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("absl", "jax", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
-    from pathlib import Path  # the rest takes seconds to import
+    from etils import epath  # the rest takes seconds to import
 
     from jaxembed.embedder import Embedder
     from jaxembed.encoding.readers import Fields
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         role="query" if arguments.symmetric else "document",
         prompt=arguments.document_prompt,
     )
-    if Path(arguments.corpus).expanduser().is_dir():
+    if epath.Path(arguments.corpus).expanduser().is_dir():
         _refuse_for_a_folder(arguments)
     else:
         find_corpus_files(arguments.corpus)  # said before the model is loaded
@@ -64,9 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = _json_lines if arguments.json else _lines
     for query, hits in zip(arguments.query, search(arguments.query) if arguments.query else []):
         print(shown(query, hits), flush=True)
+    status = 0
     for query in _typed() if arguments.interactive else ():
-        print(shown(query, *search([query])), flush=True)
-    return 0
+        try:
+            [hits] = search([query])
+        except InputError as error:
+            print(f"error: {query!r:.60}: {error}", file=sys.stderr)
+            status = 1
+        else:
+            print(shown(query, hits), flush=True)
+    return status
 
 
 def _typed() -> Iterator[str]:

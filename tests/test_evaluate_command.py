@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from jaxembed import evaluate, evaluation, sharding
 from jaxembed.__main__ import run_command
 from jaxembed.errors import InputError
-from jaxembed.evaluation.scores import Run
+from jaxembed.evaluation.scores import Run, TaskScore
+from jaxembed.evaluation.tasks import LocalTask
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT, UDEVER_MARKERS
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe, with_markers
 
@@ -132,6 +134,10 @@ def test_the_paper_s_scores_beside_ours(
             ["--compare", "a", "b", "--output", "gs://bucket/both"],
             "error: --output gs://bucket/both: a report is written",
         ),
+        (
+            ["--model", "{model}", "--task", "{sts}", "--output", "~nouser/x"],
+            "error: --output ~nouser/x: no such folder",
+        ),
         (["--config", "nowhere.yaml"], "error: nowhere.yaml: there is no such config file"),
         (["--config", "{config}"], ".yaml:2: tsks: no such option"),
     ],
@@ -146,6 +152,35 @@ def test_messages(
     assert said.out == ""
     assert message in said.err
     assert len(said.err.splitlines()) == 1
+
+
+def test_reports_of_models_of_one_name(
+    model: Path, sts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stand_in(model: evaluation.MTEBModel, tasks: list[LocalTask], output: Path) -> Run:
+        score = TaskScore(tasks[0].name, "STS", "default", "test", "cosine_spearman", 0.5, {}, 1.0)
+        run = Run("m", model.revision, "2026", "cpu", {}, [score], [])
+        run.save(output)
+        return run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "evaluate", stand_in)
+    shutil.copytree(model, tmp_path / "a" / "run" / "best")
+    write_base(tmp_path / "b" / "run" / "best", scale=0.3)
+    scores = Path("evaluations") / "run__best" / "scores.json"
+    assert run("--model", "a/run/best", "--task", sts) == 0
+    assert run("--model", "a/run/best", "--task", sts, "--truncate-dim", 8) == 0
+    before = scores.read_text()
+    capsys.readouterr()
+    assert run("--model", "b/run/best", "--task", sts) == 2
+    message = "error: evaluations/run__best: holds the report of other weights; give --output or --name\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert scores.read_text() == before
+    for options in (("--name", "other"), ("--output", "evaluations/run__best")):
+        assert run("--model", "b/run/best", "--task", sts, *options) == 0
+    assert scores.read_text() != before
+    scores.write_text(before[:-9])
+    assert run("--model", "a/run/best", "--task", sts) == 0
 
 
 def test_a_wrong_corpus(model: Path, beir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """`jaxembed search`: exact hits with their texts, embeddings that are used again, and its messages."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -16,6 +17,8 @@ from jaxembed import encode, search
 from jaxembed.__main__ import run_command
 from jaxembed.embedder import Embedder
 from jaxembed.encoding import job
+from jaxembed.errors import InputError
+from jaxembed.evaluation.searching import open_corpus
 
 from runs import make_rows, write_base, write_jsonl
 
@@ -96,6 +99,49 @@ def test_embedded_once(
     assert before == {path.name: path.stat().st_mtime_ns for path in directory.glob("embeddings*")}
 
 
+def test_one_corpus_by_two_names(
+    monkeypatch: pytest.MonkeyPatch, model: Path, corpus: Path, expected: Any, capsys: Any, no_embedding: Any
+) -> None:
+    monkeypatch.chdir(corpus.parent)
+    check(found(capsys, "--model", model, "--corpus", corpus.name, *QUERIES), expected)
+    no_embedding()
+    check(found(capsys, "--model", model, "--corpus", corpus, *QUERIES), expected)
+
+
+def test_a_corpus_that_changes_while_it_is_open(
+    model: Path, corpus: Path, expected: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    embedder = Embedder.from_pretrained(model)
+    opened = open_corpus(str(corpus), embedder)
+    query = embedder.encode_query(QUERIES[:1])
+    [before] = opened.search(query, 3)
+    write_jsonl(corpus, ROWS[::-1])
+    [changed] = opened.search(query, 3)
+    corpus.unlink()
+    [gone] = opened.search(query, 3)
+    assert [hit.id for hit in before] == [one for one, _ in expected[0][:3]]
+    assert before[0].text == QUERIES[0]
+    assert changed == gone == [dataclasses.replace(hit, text=None) for hit in before]
+    assert [message for message in caplog.messages if "without texts" in message] == [
+        f"{corpus} was changed since, so ids are shown without texts"
+    ]
+
+
+def test_damaged_embeddings_are_made_anew_as_the_message_says(
+    model: Path, corpus: Path, expected: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--model", model, "--corpus", corpus, *QUERIES)
+    assert run(*given) == 0
+    [shard] = corpus.with_name("corpus.jsonl.index").glob("*/*.npy")
+    shard.write_bytes(shard.read_bytes()[:200])
+    assert run(*given) == 2
+    assert f"{shard}: embeddings that cannot be read" in (said := capsys.readouterr().err)
+    assert "remove it, of .npy also the .ids.json beside it, then encode the corpus again" in said
+    shard.unlink()
+    shard.with_suffix(".ids.json").unlink()
+    check(found(capsys, *given), expected)
+
+
 def test_what_has_changed_is_embedded_anew(
     tmp_path: Path, model: Path, corpus: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -149,9 +195,10 @@ def test_kinds_of_files(tmp_path: Path, model: Path, expected: Any, capsys: Any,
 def test_a_folder_that_encode_wrote(
     tmp_path: Path, model: Path, corpus: Path, expected: Any, capsys: Any, caplog: Any, no_embedding: Any, format: str
 ) -> None:
-    """Of three shards, rows that could not be read among them."""
+    """Of four shards, rows that could not be read among them, all those of one."""
     lines = [line for pair in zip(corpus.read_text().splitlines(), ["{"] * 40) for line in pair]
     lines += corpus.read_text().splitlines()[40:]
+    lines[100:100] = ["{"] * 50
     corpus.write_text("\n".join(lines))
     folder = tmp_path / "embeddings"
     given = ("--model", model, "--input", corpus, "--output", folder, "--format", format, "--shard-size", 50)
@@ -211,6 +258,7 @@ def test_folders_that_do_not_fit(tmp_path: Path, model: Path, corpus: Path, caps
     ("arguments", "message"),
     [
         (["q", "--corpus", "nowhere.jsonl"], "error: --corpus nowhere.jsonl: no such file"),
+        (["q", "--corpus", "~nouser/corpus.jsonl"], "error: --corpus ~nouser/corpus.jsonl: no such file"),
         (["q", "--model", "./nowhere"], "./nowhere: expected the directory of a model"),
         (["q", "--top-k", "0"], "--top-k: expected a whole number of at least 1, found 0"),
         ([], "no query; give one, in quotes, or --interactive"),
@@ -230,6 +278,24 @@ def test_interactive(
     check(
         found(capsys, "--model", model, "--corpus", corpus, "--interactive", QUERIES[2]), [expected[2], *expected[:2]]
     )
+
+
+def test_a_bad_query_does_not_end_the_session(
+    monkeypatch: pytest.MonkeyPatch, model: Path, corpus: Path, expected: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode_query = Embedder.encode_query
+
+    def refuse(self: Embedder, sentences: Any, **options: Any) -> Any:
+        if sentences == ["bad"]:
+            raise InputError("no such word")
+        return encode_query(self, sentences, **options)
+
+    monkeypatch.setattr(Embedder, "encode_query", refuse)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"bad\n{QUERIES[0]}\n"))
+    assert run("--json", "--model", model, "--corpus", corpus, "--interactive") == 1
+    said = capsys.readouterr()
+    check([json.loads(line)["hits"] for line in said.out.splitlines()], expected[:1])
+    assert "error: 'bad': no such word\n" in said.err
 
 
 def test_lines(monkeypatch: pytest.MonkeyPatch, model: Path, corpus: Path, capsys: Any) -> None:

@@ -190,6 +190,8 @@ class GradedSet:
     def evaluate(self, embedder: Embedder, *, temperature: float, batch_size: int) -> dict[str, float]:
         """spearman; the arguments of `DevSet.evaluate` are of no use here."""
         cosines = (self.reading.queries(embedder, self.anchors) * self.reading.documents(embedder, self.others)).sum(1)
+        if not np.isfinite(cosines).all():
+            raise InputError("expected finite embeddings, found NaN or infinity among those of graded pairs")
         result: Any = scipy.stats.spearmanr(cosines, self.grades)
         return {"spearman": float(result.statistic)}
 

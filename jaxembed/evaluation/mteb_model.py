@@ -132,16 +132,27 @@ class MTEBModel(AbsEncoder):
         prompt_type: PromptType | None = None,
         show_progress_bar: bool | None = False,
     ) -> Float[np.ndarray, "texts dim"]:
-        """Embeds texts as those of a task, in a part of it; None: the task has no queries and documents."""
+        """Embeds texts as those of a task, in a part of it; None: the task has no queries and documents.
+
+        Raises:
+            InputError: an embedding is not finite.
+        """
         document = prompt_type == PromptType.document and self.symmetric.isdisjoint(
             (task_metadata.name, task_metadata.type)
         )
         role = "document" if document else "query"
         instruction = self._instruction(task_metadata, prompt_type, document)
         prompt = None if instruction is None else self.embedder.text_format.role(role).prefix + instruction
-        return self.embedder.encode(
+        found = self.embedder.encode(
             texts, role, prompt, show_progress_bar=show_progress_bar, progress=self.progress, **self._options
         )
+        broken = np.flatnonzero(~np.isfinite(found).all(axis=1))
+        if len(broken):
+            raise InputError(
+                f"{task_metadata.name}: the embedding of the text {texts[broken[0]]!r:.60} is not finite: the model is "
+                "damaged, or its dtype too narrow"
+            )
+        return found
 
     def _instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None, document: bool) -> str | None:
         """What takes the place of the text format's own instruction, if anything does."""
@@ -165,5 +176,5 @@ def model_name(model: Embedder | str | os.PathLike[str]) -> str:
     text = os.fspath(model)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists():
         return text
-    path = Path(text).expanduser().absolute()
+    path = Path(os.path.expanduser(text)).absolute()
     return f"{path.parent.name or 'local'}/{path.name}"

@@ -80,7 +80,9 @@ def _labelled(task: Any, data: Any, draw: random.Random) -> SampleTexts | None:
     if len(texts) and isinstance(texts[0], list):  # sets of texts, each clustered alone
         texts, labels = texts[0], labels[0]
     names = getattr(data.features[task.label_column_name], "names", None)
-    rows = sorted(draw.sample(range(len(texts)), min(TEXTS, len(texts))))
+    labels = list(labels)
+    labelled = [row for row, label in enumerate(labels) if label != []]  # a text may have several labels, or none
+    rows = sorted(draw.sample(labelled, min(TEXTS, len(labelled))))
     labels = [labels[row][0] if isinstance(labels[row], list) else labels[row] for row in rows]
     return SampleTexts(
         task.metadata.name,

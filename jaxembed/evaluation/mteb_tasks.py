@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from jaxembed.evaluation.items import MEASURES
 from jaxembed.evaluation.mteb_model import LOCAL
 from jaxembed.evaluation.tasks import (
     BitextTask,
@@ -94,8 +96,9 @@ def _content_hash(task: LocalTask) -> str:
 class Items:
     """Listens to an mteb task and keeps what a paired bootstrap needs, in an order that depends on the task alone.
 
-    That is the value of each query of retrieval and reranking, cosine and grade of each pair of STS, and in how many of
-    mteb's draws each text of classification was labelled rightly; where these are what the main score is made of.
+    That is the value of each query of retrieval and reranking, cosine and grade of each pair of STS, in how many of
+    mteb's draws each text of classification was labelled rightly, label and ranks of each pair, what each sentence was
+    taken for, and the cluster that each document had in each of mteb's draws; where the main score is made of these.
     """
 
     def __init__(self, task: AbsTask) -> None:
@@ -105,6 +108,10 @@ class Items:
         if isinstance(task, AbsTaskRetrieval):
             self._specific = task.task_specific_scores
             setattr(task, "task_specific_scores", self._retrieved)  # noqa: B010 (an instance's, in place of its class's)
+        if isinstance(task, AbsTaskClustering):
+            self._draws = _Draws()
+            self._draws.setstate(task.rng_state.getstate())
+            task.rng_state = self._draws
         # mteb calls this with all predictions where a folder for them is given; here nothing is written.
         setattr(task, "_save_task_predictions", self._predicted)  # noqa: B010 (as above)
 
@@ -135,9 +142,78 @@ class Items:
             labels = np.array(data[hf_split][cast(Any, self._task).label_column_name])
             right = [np.array(found) == labels for found in predictions]
             items = {"value": np.mean(right, axis=0).tolist()}
+        elif isinstance(self._task, AbsTaskPairClassification) and self._main.endswith("_ap"):
+            labels = data[hf_split][self._task.label_column_name]
+            labels = labels[0] if len(labels) == 1 else labels  # of mteb 1: all pairs in one row
+            items = {"label": list(map(int, labels)), **_ranks(predictions, self._main.removesuffix("_ap"))}
+        elif isinstance(self._task, AbsTaskBitextMining) and self._main == "f1":
+            parallel = self._task.parallel_subsets  # whose names are those of the columns
+            split = data[hf_split]
+            gold = [pair[1] for pair in split["gold"]] if "gold" in split else range(len(split))
+            for name, found in predictions.items():
+                items: dict[str, Any] = {"gold": list(map(int, gold[: len(found)]))}
+                items["predicted"] = [int(each["corpus_id"]) for each in found]
+                self.found[name if parallel else hf_subset, hf_split] = items
+            return
+        elif isinstance(self._task, AbsTaskClustering) and self._main == "v_measure":
+            labels = data[hf_split][self._task.label_column_name]
+            items = _clusterings(labels, predictions, self._draws.take())
         else:
             return
         self.found[hf_subset, hf_split] = items
+
+
+class _Draws(random.Random):
+    """Keeps what it has drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sample: list[int] | None = None
+        self._choices: list[list[int]] = []
+
+    def sample(self, *arguments: Any, **options: Any) -> list[Any]:
+        self._sample = super().sample(*arguments, **options)
+        return self._sample
+
+    def choices(self, *arguments: Any, **options: Any) -> list[Any]:
+        self._choices.append(super().choices(*arguments, **options))
+        return self._choices[-1]
+
+    def take(self) -> tuple[list[int] | None, list[list[int]]]:
+        """The documents that were sampled, None: all, and those of each clustering, as numbers among these."""
+        found = self._sample, self._choices
+        self._sample, self._choices = None, []
+        return found
+
+
+def _clusterings(
+    labels: Sequence[Any], assignments: Mapping[str, list[list[int]]], draws: tuple[list[int] | None, list[list[int]]]
+) -> dict[str, list[float]]:
+    """Set, document, label, cluster, and how many times the set had the document; a set is a draw of a level."""
+    sampled, choices = draws
+    documents = np.arange(len(labels)) if sampled is None else np.array(sampled)
+    levels = [label if isinstance(label, list) else [label] for label in (labels[int(n)] for n in documents)]
+    rows: list[np.ndarray] = []
+    for level, clusterings in enumerate(assignments.values()):
+        names = np.array([label[level] if len(label) > level else -1 for label in levels])
+        there = np.array([name != -1 for name in names])  # as mteb has it, in whose arrays of texts -1 is a label
+        numbers = np.unique(names[there], return_inverse=True)[1]
+        for clusters in clusterings:
+            drawn = choices[len(rows)]
+            number = np.full(len(drawn), len(rows))
+            rows.append(np.array([number, documents[there][drawn], numbers[drawn], clusters]))
+    found, times = np.unique(np.concatenate(rows, axis=1), axis=1, return_counts=True)
+    return dict(zip(("set", "document", "label", "cluster", "times"), [*found.tolist(), times.tolist()]))
+
+
+def _ranks(predictions: Mapping[str, Sequence[float]], measure: str) -> dict[str, list[float]]:
+    """Ranks of the pairs by a measure, or by all of mteb's for "max", the highest the most alike."""
+    found = {}
+    for name in MEASURES if measure == "max" else (measure,):
+        distance = f"{name}_distances" in predictions
+        values = np.asarray(predictions[f"{name}_{'distances' if distance else 'scores'}"])
+        found[name] = np.unique(-values if distance else values, return_inverse=True)[1].tolist()
+    return found
 
 
 _TREC_EVAL = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}

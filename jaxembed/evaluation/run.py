@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from jaxembed.data.files import new_file
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
+from jaxembed.evaluation.items import whole
 from jaxembed.evaluation.mteb_model import MTEBModel
 from jaxembed.evaluation.mteb_samples import SampleTexts, embed_samples, sample_texts
 from jaxembed.evaluation.mteb_tasks import Items, local_metadata, to_mteb
@@ -72,13 +74,15 @@ def evaluate(
         The scores. Tasks whose data could not be loaded are left out, and named in its notes.
 
     Raises:
-        InputError: no tasks, or none that could be loaded; two of one name; an instruction that belongs to none of
-            them.
+        InputError: no tasks, or none that could be loaded; two of one name; one that is not of texts; an instruction
+            that belongs to none of them; a folder that cannot be written.
     """
     metadata = check_tasks(tasks := list(tasks))
     ours = model if isinstance(model, MTEBModel) else None
     if ours is not None:
         _check_names(ours, metadata.values())
+    if folder is not None:
+        _check_writable(Path(folder))
     kept = None if folder is None or ours is None else Kept(Path(folder) / FINISHED, ours.revision)
     done: list[Done] = []
     notes: list[str] = []
@@ -153,13 +157,15 @@ def check_tasks(tasks: Sequence[LocalTask | AbsTask]) -> dict[str, TaskMetadata]
     """What mteb knows of each task, by its name.
 
     Raises:
-        InputError: no tasks, or two of one name.
+        InputError: no tasks, two of one name, or one that is not of texts.
     """
     found: dict[str, TaskMetadata] = {}
     for task in tasks:
         metadata = task.metadata if isinstance(task, AbsTask) else local_metadata(task)
         if metadata.name in found:
             raise InputError(f"two tasks have the name {metadata.name}; give one of them another, or leave it out")
+        if others := sorted({*metadata.modalities} - {"text"}):
+            raise InputError(f"{metadata.name}: a task of {', '.join(others)}; expected one of texts alone")
         found[metadata.name] = metadata
     if not found:
         raise InputError("there is nothing to evaluate on: give local tasks, tasks of mteb's by name, or a benchmark")
@@ -242,7 +248,10 @@ def _scores(model: Any, task: AbsTask) -> list[TaskScore]:
 def _score(task: AbsTask, split: str, values: Mapping[str, Any], items: Items, seconds: float) -> TaskScore:
     subset, value = values["hf_subset"], float(values["main_score"])
     of_each = items.found.get((subset, split))
-    if of_each is not None and "value" in of_each and not abs(np.mean(of_each["value"]) - value) < _ROUNDED:
+    if of_each is None and task.metadata.main_score == "v_measure" and isinstance(values.get("v_measures"), list):
+        of_each = {"value": [float(found) for found in values["v_measures"]]}  # of each set of texts
+    of_items = None if of_each is None else whole(of_each)
+    if of_items is not None and not abs(of_items - value) < _ROUNDED:
         of_each = None  # a task that makes its score in a way of its own
     return TaskScore(
         task=task.metadata.name,
@@ -284,6 +293,15 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _devices(embedder: Embedder) -> str:
     devices = jax.devices()[:1] if embedder.mesh is None else list(embedder.mesh.devices.flat)
     return f"{len(devices)} × {devices[0].device_kind}"
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be written: {error}") from None
 
 
 def _check_names(model: MTEBModel, tasks: Iterable[TaskMetadata]) -> None:

@@ -13,13 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from jaxembed.data.files import new_file
 from jaxembed.errors import InputError
+from jaxembed.evaluation import items as forms
 
 SCORES_FILE = "scores.json"
 ITEMS_FILE = "items.json"
 """Beside it: what a paired bootstrap needs, which may be large."""
 
 _FORMAT = 1
-_AGREEMENT = 1e-3  # of a score with the mean of its items; mteb rounds some scores to five digits
+_AGREEMENT = 1e-3  # of a score with that of its items; mteb rounds some scores to five digits
 _FIELDS: Any = {"extra": "forbid"}  # for pydantic, when a file is read
 
 Items = Mapping[str, list[float]]
@@ -38,8 +39,8 @@ class TaskScore:
         metric: the main one, under mteb's name.
         value: of that metric, 1 at most.
         metrics: all that are numbers, under mteb's names.
-        items: what a paired bootstrap needs, in an order that depends on the task alone: {"value"}, whose mean is the
-            score, or {"cosine", "grade"} of STS; None: only the number is known.
+        items: what a paired bootstrap needs, in an order that depends on the task alone and in one of the forms of
+            `jaxembed.evaluation.items`; None: only the number is known.
     """
 
     __pydantic_config__ = _FIELDS
@@ -59,14 +60,12 @@ class TaskScore:
             raise InputError(f"{self.label}: expected {self.metric} of 1 at most, found {self.value}; not in percent")
         if self.items is None:
             return
-        lengths = {len(values) for values in self.items.values()}
-        if set(self.items) not in ({"value"}, {"cosine", "grade"}) or len(lengths) != 1 or 0 in lengths:
-            found = ", ".join(f"{len(values)} {name!r}" for name, values in self.items.items()) or "none"
-            raise InputError(f"{self.label}: expected items 'value', or as many 'cosine' as 'grade', found {found}")
-        if "value" in self.items and math.isfinite(self.value):
-            mean = float(np.mean(self.items["value"]))
-            if not abs(mean - self.value) <= _AGREEMENT:
-                raise InputError(f"{self.label}: the mean of the items is {mean:.6f}, the score {self.value:.6f}")
+        if wrong := forms.problem(self.items):
+            raise InputError(f"{self.label}: {wrong}")
+        of_items = forms.whole(self.items)
+        if of_items is not None and math.isfinite(self.value) and not abs(of_items - self.value) <= _AGREEMENT:
+            what = "mean" if "value" in self.items else self.metric
+            raise InputError(f"{self.label}: the {what} of the items is {of_items:.6f}, the score {self.value:.6f}")
 
     @property
     def key(self) -> Key:
@@ -206,7 +205,8 @@ def averages(scores: Iterable[TaskScore]) -> Averages:
 
 def _write(path: Path, values: Mapping[str, Any], indent: int | None) -> None:
     with new_file(path) as file:
-        file.write(f"{json.dumps(values, indent=indent, ensure_ascii=False)}\n".encode())
+        separators = (",", ":") if indent is None else None
+        file.write(f"{json.dumps(values, indent=indent, separators=separators, ensure_ascii=False)}\n".encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -69,7 +70,7 @@ class Shards:
         parts = [np.empty((0, self.shape[1]), np.float32)]
         for shard, path in enumerate(self._paths):
             first, end = self.starts[shard], self.starts[shard + 1]
-            if first < stop and start < end:
+            if max(first, start) < min(end, stop):
                 vectors = self._checked(path, self._vectors)
                 parts.append(np.asarray(vectors[max(start - first, 0) : stop - first], np.float32))
         return unit(np.concatenate(parts))
@@ -87,7 +88,10 @@ class Shards:
         try:
             return read(path)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: embeddings that cannot be read: {error}; encode the corpus again") from None
+            raise InputError(
+                f"{path}: embeddings that cannot be read: {error}; remove it, of .npy also the .ids.json beside it, "
+                "then encode the corpus again"
+            ) from None
 
 
 class Corpus:
@@ -127,6 +131,7 @@ class Corpus:
 
     def _texts(self, rows: Sequence[int]) -> dict[int, str]:
         """By row, of those whose files are as they were."""
+        self._readable = self._readable and self._texts_are_there()
         if not self._readable:
             return {}
         manifest = self._manifest
@@ -167,6 +172,8 @@ def open_corpus(corpus: str, model: Embedder, options: Options = AS_DOCUMENTS, i
     """
     if epath.Path(corpus).expanduser().is_dir():
         return _open_encoded(epath.Path(corpus).expanduser(), model)
+    if is_local(epath.Path(corpus)):
+        corpus = os.path.abspath(os.path.expanduser(corpus))  # one corpus from whatever directory it is named
     files = find_corpus_files(corpus)
     folder = epath.Path(f"{files[0].path}{INDEX}" if index is None else index).expanduser()
     if not is_local(folder):
@@ -259,7 +266,7 @@ def _vectors(path: epath.Path) -> np.ndarray:
     import pyarrow.parquet as pq
 
     column = pq.read_table(path, columns=["embedding"])["embedding"].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(column), -1)
+    return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
 
 
 def _ids(path: epath.Path) -> list[str]:

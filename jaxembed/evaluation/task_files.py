@@ -57,9 +57,9 @@ class TaskFiles:
             raise InputError(f"{path}:{line}: {problem}. {_REMEDY}")
         self.counts[BAD_ROW] += 1
 
-    def rows(self, path: epath.Path) -> Iterator[tuple[int, Row]]:
+    def rows(self, path: epath.Path, *, progress: bool = True) -> Iterator[tuple[int, Row]]:
         """The rows of a file, with their lines."""
-        for line, row in numbered_rows(path, self.name):
+        for line, row in numbered_rows(path, self.name, progress=progress):
             if isinstance(row, InputError):
                 self.bad(path, line, row)
             elif self.only is None:
@@ -73,14 +73,14 @@ class TaskFiles:
                     self.bad(path, line, error)
 
     def first_row(self, path: epath.Path) -> Row:
-        """The first row, by whose keys a file is recognised."""
-        for line, row in numbered_rows(path, self.name, progress=False):
-            if isinstance(row, InputError):
-                if self.bad_rows == "error":
-                    raise InputError(f"{path}:{line}: {row}. {_REMEDY}")
-            else:
-                return row
-        raise InputError(f"{path}: no row that can be read (task {self.name!r})")
+        """The first of the rows, by whose keys a file is recognised."""
+        counts = self.counts.copy()
+        row = next((row for _, row in self.rows(path, progress=False)), None)
+        self.counts = counts  # bad rows before it count when the file is read
+        if row is None:
+            of_which = "" if self.only is None else f" with {'='.join(self.only)}"
+            raise InputError(f"{path}: no row{of_which} that can be read (task {self.name!r})")
+        return row
 
     def corpus(self, path: epath.Path) -> dict[str, str]:
         """Documents by id, a title before its text, without white space around them, as mteb reads them."""
@@ -127,6 +127,7 @@ class TaskFiles:
             except InputError as error:
                 self.bad(path, line, error)
                 continue
+            self.counts[NOT_RELEVANT] += not ids
             yield from ((line, (query, one, 1.0)) for one in ids)
 
     def relevant(
@@ -139,7 +140,8 @@ class TaskFiles:
         """The grades above 0 by query and document, of queries that are not empty and have one.
 
         Raises:
-            InputError: a judgement names an id that is not there, or has a grade that is no whole number.
+            InputError: a judgement names an id that is not there, has a grade that is no whole number, or contradicts
+                an earlier one.
         """
         found: dict[str, dict[str, int]] = {}
         for line, (query, document, grade) in judged:
@@ -149,10 +151,13 @@ class TaskFiles:
             elif grade != int(grade):
                 self.bad(path, line, f"expected a whole number as grade, found {grade:g}")
             else:
-                of_query = found.setdefault(query, {})
-                if grade > 0:
-                    of_query[document] = int(grade)
+                before = found.setdefault(query, {}).setdefault(document, int(grade))
+                if before != grade:
+                    self.bad(
+                        path, line, f"query {query!r}, document {document!r} is judged twice: {before}, then {grade:g}"
+                    )
         empty = {query for query in found if not queries[query].strip()}
+        found = {query: {one: grade for one, grade in grades.items() if grade > 0} for query, grades in found.items()}
         useless = {query for query, grades in found.items() if not grades} - empty
         self.counts[EMPTY_QUERY] += len(empty)
         self.counts[NOT_RELEVANT] += len(useless)

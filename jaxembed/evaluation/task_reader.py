@@ -53,6 +53,18 @@ TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 _BITEXT = (("src", "tgt"), ("source", "target"), ("sentence1", "sentence2"), ("s1", "s2"))
 _CANDIDATES = ("docs", "documents", "candidates")
 _LABELS = ("labels", "relevance")
+_TAKEN = {
+    "a folder of retrieval": ("split", "corpus", "queries", "qrels"),
+    "a folder whose queries name documents": ("split", "corpus", "queries", "only"),
+    "queries that name documents": ("corpus", "only"),
+    "a folder of labelled texts": ("train", "split", "text", "label", "only"),
+    "classification": ("train", "text", "label", "only"),
+    "clustering": ("text", "label", "only"),
+    "lists of candidates": ("only",),
+    "pairs of texts": ("anchor", "positive", "score", "format", "only"),
+}
+"""The options that say something of each, besides those that all take."""
+
 _ARGUMENT = re.compile(r"(?:(?P<kind>\w+):(?!//))?(?P<path>.+)", re.DOTALL)
 
 
@@ -127,7 +139,7 @@ def read_task(
         instruction: of queries; None: the model's own.
 
     Raises:
-        InputError: with file, line and key; or the task is not one that can be scored.
+        InputError: with file, line and key; an option that such a task does not take; or it cannot be scored.
     """
     place = epath.Path(path).expanduser()
     name = name or _name_of(place)
@@ -143,8 +155,11 @@ def read_task(
         raise InputError(f"task {name!r}: only: expected COLUMN=VALUE, found {only!r}")
     column, _, wanted = (only or "").partition("=")
     files = TaskFiles(name, "skip" if bad_rows == "skip" else "error", (column, wanted) if only else None)
+    options = {"train": train, "split": split, "corpus": corpus, "queries": queries, "qrels": qrels, "only": only}
+    options |= {"anchor": anchor, "positive": positive, "score": score, "text": text, "label": label, "format": format}
     asked = _Asked(
         place=place,
+        options=[option for option, value in options.items() if value is not None],
         kind=kind,
         split=split,
         corpus=_file(corpus),
@@ -167,6 +182,8 @@ class _Asked:
     """What `read_task` is asked for; see there."""
 
     place: epath.Path
+    options: Sequence[str]
+    """The names of those given."""
     kind: str | None
     split: str | None
     corpus: epath.Path | None
@@ -177,6 +194,15 @@ class _Asked:
     labelled: _Labelled
     pairs: _Pairs
     common: dict[str, Any]
+
+    def check_options(self, what: str) -> None:
+        """Refuses options that say nothing of what the task is."""
+        taken = _TAKEN[what]
+        if others := [option for option in self.options if option not in taken]:
+            raise InputError(
+                f"{self.place}: {', '.join(others)}: no option of {what}; there are {', '.join(taken)} "
+                f"(task {self.files.name!r})"
+            )
 
 
 def _file(path: str | os.PathLike[str] | None) -> epath.Path | None:
@@ -198,8 +224,10 @@ def _of_folder(asked: _Asked) -> LocalTask:
         qrels = asked.qrels or find_any(folder, qrels_names(split or SPLITS[0]))
         if qrels is None and not (queries.exists() and RELEVANT in files.first_row(queries)):
             qrels = find_qrels(folder, split)
+        asked.check_options("a folder of retrieval" if qrels is not None else "a folder whose queries name documents")
         return _judged(files, corpus, queries, qrels, asked.common)
     if asked.kind in (None, "classification"):
+        asked.check_options("a folder of labelled texts")
         train = asked.train or find_file(folder, _names_of(["train"]), "corpus, and no texts to learn from")
         tested = find_file(folder, _names_of(SPLITS if split is None else [split]), "texts to be tested on")
         return _classification(files, asked.labelled, train, tested, asked.common)
@@ -211,13 +239,17 @@ def _of_file(asked: _Asked) -> LocalTask:
     row = files.first_row(file)
     kind = asked.kind or _recognised(row, asked)
     if kind == "retrieval" and {"text", RELEVANT} <= row.keys():
+        asked.check_options("queries that name documents")
         return _judged(files, asked.corpus or _beside(file), file, None, asked.common)
     if kind == "classification":
+        asked.check_options("classification")
         if asked.train is None:
             raise InputError(f"{file}: classification needs texts to learn from; give train=FILE")
         return _classification(files, asked.labelled, asked.train, file, asked.common)
     if kind == "clustering":
+        asked.check_options("clustering")
         return _clustering(asked.labelled, file, asked.common)
+    asked.check_options("lists of candidates" if kind == "reranking" and _has_lists(row) else "pairs of texts")
     return _OF_PAIRS[kind](files, asked.pairs, file, asked.common)
 
 
@@ -244,15 +276,15 @@ def _names_of(splits: Sequence[str]) -> list[str]:
     return [f"{split}{kind}" for split in splits for kind in KINDS]
 
 
-def _is_list(row: Row, keys: Sequence[str]) -> bool:
-    return any(isinstance(row.get(key), list) for key in keys)
+def _has_lists(row: Row) -> bool:
+    return all(any(isinstance(row.get(key), list) for key in keys) for keys in (_CANDIDATES, _LABELS))
 
 
 def _recognised(row: Row, asked: _Asked) -> str:
     """The kind of task that a file with this first row has."""
     if {"text", RELEVANT} <= row.keys():
         return "retrieval"
-    if "query" in row and _is_list(row, _CANDIDATES) and _is_list(row, _LABELS):
+    if "query" in row and _has_lists(row):
         return "reranking"
     if asked.train is not None:
         return "classification"
@@ -369,10 +401,12 @@ class _Pairs:
     format: RowFormat | None
 
     def reader(self, row: Row) -> Reader:
-        if self.anchor is None and self.positive is None:
+        if self.anchor is None and self.positive is None and self.score is None:
             return recognise(row, self.format)
-        if self.anchor is None or self.positive is None:
-            raise InputError(f"task {self.files.name!r}: anchor and positive go together, found one of them")
+        if self.anchor is None or self.positive is None or self.format is not None:
+            raise InputError(
+                f"task {self.files.name!r}: anchor and positive go together, score only with them, format without them"
+            )
         anchor, positive, score = self.anchor, self.positive, self.score
 
         def read(row: Row) -> Group:
@@ -524,7 +558,7 @@ def _reranking(files: TaskFiles, pairs: _Pairs, path: epath.Path, common: dict[s
 
 def _lists(files: TaskFiles, pairs: _Pairs, path: epath.Path) -> Iterator[tuple[str, list[str], list[int]]]:
     row = files.first_row(path)
-    if not (_is_list(row, _CANDIDATES) and _is_list(row, _LABELS)):
+    if not _has_lists(row):
         for _, group in pairs.read(path, ["pairs"]):
             relevance = [1] * len(group.positives) + [0] * len(group.negatives)
             yield group.anchor, [text.strip() for text in (*group.positives, *group.negatives)], relevance

@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
-from sklearn.metrics import ndcg_score
+from sklearn.metrics import average_precision_score, f1_score, ndcg_score, v_measure_score
 
 from jaxembed.errors import InputError
 from jaxembed.evaluation.comparison import Comparison, Row, compare, write_comparison
+from jaxembed.evaluation.items import resampler, whole
 from jaxembed.evaluation.scores import Run, TaskScore
 
 
@@ -97,6 +99,128 @@ def test_correlations_of_pairs(sts: dict[str, np.ndarray]) -> None:
     assert [difference.low, difference.high] == pytest.approx(expected, abs=0.1 * np.ptp(expected))
 
 
+RIGHT = (("a", 0.6), ("b", 0.8))
+
+
+def resampled(
+    draw: Callable[[np.random.Generator], np.ndarray], other: Callable[[np.ndarray], float], resamples: int = 150
+) -> np.ndarray:
+    """Quantiles of a statistic's resamples in a loop, moved to what all items give."""
+    random = np.random.default_rng(9)
+    found = np.array([other(draw(random)) for _ in range(resamples)])
+    return np.quantile(found, [0.025, 0.975]) - found.mean()
+
+
+def weighted(score: TaskScore, units: int, wanted: Callable[[np.ndarray], float]) -> float:
+    """How far the score of counted items is, at most, from that of items drawn again and again."""
+    drawn = np.random.default_rng(10).integers(0, units, (20, units))
+    found = resampler(score.items or {})
+    assert found is not None
+    scores = found.scores(np.array([np.bincount(each, minlength=units) for each in drawn], float).T).mean(axis=0)
+    return float(np.abs(scores - [wanted(each) for each in drawn]).max())
+
+
+def check(scores: Sequence[TaskScore], moved: np.ndarray) -> None:
+    a, b = scores
+    [difference] = row(compare([run("a", a), run("b", b)]), a.task).differences
+    assert difference.value == pytest.approx(b.value - a.value, abs=1e-12)
+    assert difference.low is not None
+    assert difference.high is not None
+    expected = difference.value + moved
+    assert [difference.low, difference.high] == pytest.approx(expected, abs=0.2 * np.ptp(expected))
+
+
+def test_average_precision_of_pairs() -> None:
+    random = np.random.default_rng(4)
+    labels = (random.random(300) < 0.3).astype(int)
+    common = random.normal(size=300)
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            measure: np.unique((labels + common + noise * random.normal(size=300)).round(1), return_inverse=True)[1]
+            for measure in ("cosine", "manhattan")
+        }
+        for name, noise in (("a", 1.0), ("b", 0.5))
+    }  # with ties
+
+    def best(name: str, drawn: Any = slice(None)) -> float:
+        return max(average_precision_score(labels[drawn], ranks[drawn]) for ranks in found[name].values())
+
+    scores = [score("Same", "PairClassification", best(name), label=labels, **found[name]) for name in "ab"]
+    assert weighted(scores[0], 300, lambda drawn: best("a", drawn)) < 1e-12
+    check(scores, resampled(lambda r: r.integers(0, 300, 300), lambda drawn: best("b", drawn) - best("a", drawn)))
+
+
+def test_f1_of_translations() -> None:
+    random = np.random.default_rng(5)
+    gold = np.arange(200) % 180
+    found = {name: np.where(random.random(200) < right, gold, random.integers(0, 190, 200)) for name, right in RIGHT}
+
+    zero: Any = 0  # not in its types
+
+    def f1(name: str, drawn: Any = slice(None)) -> float:
+        return f1_score(gold[drawn], found[name][drawn], average="weighted", zero_division=zero)
+
+    scores = [score("Same", "BitextMining", f1(name), gold=gold, predicted=found[name]) for name in "ab"]
+    assert weighted(scores[0], 200, lambda drawn: f1("a", drawn)) < 1e-12
+    check(scores, resampled(lambda r: r.integers(0, 200, 200), lambda drawn: f1("b", drawn) - f1("a", drawn)))
+
+
+def test_v_measures_of_clusterings() -> None:
+    """Documents are drawn, the same of all sets, and sets."""
+    random = np.random.default_rng(6)
+    labels = random.integers(0, 5, 150)
+    documents = [np.arange(100), np.arange(50, 150), *(random.integers(0, 150, 100) for _ in range(2))]
+    found = {
+        name: [np.where(random.random(100) < right, labels[each], random.integers(0, 5, 100)) for each in documents]
+        for name, right in RIGHT
+    }
+
+    def v_measure(name: str, drawn: np.ndarray) -> float:
+        counts = np.bincount(drawn[:150], minlength=150)
+        values = []
+        for number in drawn[150:]:
+            times = counts[documents[number]]
+            of_labels, of_clusters = labels[documents[number]], found[name][number]
+            values.append(v_measure_score(np.repeat(of_labels, times), np.repeat(of_clusters, times)))
+        return float(np.mean(values))
+
+    everything = np.concatenate([np.arange(150), np.arange(4)])
+    scores = []
+    for name in "ab":
+        rows = [np.array([np.full(100, n), each, labels[each], found[name][n]]) for n, each in enumerate(documents)]
+        table, times = np.unique(np.concatenate(rows, axis=1), axis=1, return_counts=True)
+        items: dict[str, Any] = dict(zip(("set", "document", "label", "cluster", "times"), [*table, times]))
+        scores.append(score("Groups", "Clustering", v_measure(name, everything), **items))
+        assert whole(items) == pytest.approx(v_measure(name, everything), abs=1e-12)
+    of_all_sets = np.arange(4)
+    assert weighted(scores[0], 150, lambda drawn: v_measure("a", np.concatenate([drawn, of_all_sets]))) < 1e-12
+    check(
+        scores,
+        resampled(
+            lambda r: np.concatenate([r.integers(0, 150, 150), r.integers(0, 4, 4)]),
+            lambda drawn: v_measure("b", drawn) - v_measure("a", drawn),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "clusters"), [([0, 0, 0], [0, 1, 1]), ([0, 1, 2], [0, 0, 0]), ([0, 0], [1, 1]), ([0, 1], [1, 0])]
+)
+def test_v_measures_where_an_entropy_is_nothing(labels: list[int], clusters: list[int]) -> None:
+    n = len(labels)
+    items = {"set": [0] * n, "document": range(n), "label": labels, "cluster": clusters, "times": [1] * n}
+    assert whole(items) == pytest.approx(v_measure_score(labels, clusters), abs=1e-12)
+
+
+def test_other_pairs_or_documents_are_not_compared() -> None:
+    ranks = [3, 2, 1, 0]
+    labels = [score("Same", "PairClassification", 1.0, label=[1] * n + [0] * (4 - n), dot=ranks) for n in (1, 2)]
+    assert row(compare([run("a", labels[0]), run("b", labels[1])]), "Same").differences[0].low is None
+    same: dict[str, Any] = {"set": [0] * 3, "label": [0, 1, 1], "cluster": [0, 1, 1], "times": [1] * 3}
+    groups = [score("Groups", "Clustering", 1.0, document=documents, **same) for documents in ([0, 1, 2], [0, 1, 3])]
+    assert row(compare([run("a", groups[0]), run("b", groups[1])]), "Groups").differences[0].low is None
+
+
 def test_means_over_tasks(retrieval: tuple[np.ndarray, np.ndarray]) -> None:
     """A mean over two tasks: the standard errors of both, added as independent ones are, over two."""
     runs = [
@@ -175,7 +299,7 @@ def test_where_only_numbers_are_known(retrieval: tuple[np.ndarray, np.ndarray]) 
     ]
     text = found.markdown()
     assert "| Groups | 50.00 | 75.00 | 25.00 | +25.00 | -25.00 |" in text
-    assert "no items are known or they differ: Groups, Ranks, Fewer, One, Other grades" in text
+    assert "no items are known, only one is, or they differ: Groups, Ranks, Fewer, One, Other grades" in text
     assert "not every run has them: Alone of a" in text
 
 

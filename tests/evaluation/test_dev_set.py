@@ -156,6 +156,16 @@ def test_graded_pairs_give_spearman_s_correlation() -> None:
     assert isinstance(dev_set(examples_of(pairs)), DevSet)
 
 
+def test_graded_pairs_of_a_damaged_model() -> None:
+    class Damaged(Stub):
+        def encode(self, texts: Sequence[str], role: str, *arguments: Any, **options: Any) -> np.ndarray:
+            return super().encode(texts, role, *arguments, **options) * np.nan
+
+    dev = GradedSet("dev", ["a", "b"], ["c", "d"], np.array([0.0, 1.0]))
+    with pytest.raises(InputError, match="expected finite embeddings, found NaN or infinity among those of graded"):
+        dev.evaluate(Damaged(), temperature=1.0, batch_size=2)
+
+
 @pytest.mark.parametrize("suffix", ["", "[E]"])
 def test_instructions_of_a_dev_set_go_before_its_texts(suffix: str) -> None:
     calls: list[tuple[str, str | None]] = []

@@ -22,6 +22,7 @@ from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
 from jaxembed.evaluation import MTEBModel, to_mteb
 from jaxembed.evaluation.mteb_model import model_name
+from jaxembed.evaluation.mteb_samples import sample_texts
 from jaxembed.evaluation.tasks import LocalTask
 from jaxembed.text.format import DEFAULT_TEXT_FORMAT, UDEVER, UDEVER_MARKERS, TextFormat
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe, with_markers
@@ -160,6 +161,29 @@ def test_name_and_revision(base: Embedder, tmp_path: Path) -> None:
     saved = MTEBModel(tmp_path / "run" / "model")
     assert (saved.mteb_model_meta.name, saved.revision) == ("run/model", revisions[0])
     assert model_name("izhx/udever-bloom-560m") == "izhx/udever-bloom-560m"
+    assert model_name("~nobody-of-this-name/model") == "~nobody-of-this-name/model"
+
+
+def test_a_damaged_model(base: Embedder) -> None:
+    damaged = embedder(base)
+    damaged.replace_state(jax.tree.map(lambda array: array * np.nan, nnx.state(base.model)))
+    for name in ("retrieval", "sts", "bitext", "classes"):
+        with pytest.raises(
+            InputError, match=rf"^{name}: the embedding of the text '.*' is not finite: the model is dam"
+        ):
+            scores(MTEBModel(damaged), TASKS[name])
+
+
+def test_samples_of_texts_with_several_labels_or_none() -> None:
+    task: Any = to_mteb(TASKS["classes"])
+    texts = [f"text {n}" for n in range(9)]
+    labels = [[], [3, 1], [], [2], [1], [], [2, 3], [3], []]
+    task.dataset["test"] = Dataset.from_dict({"text": texts, "label": labels})
+    found = sample_texts(task)
+    assert found is not None
+    assert dict(zip(found.texts, found.labels)) == {text: str(some[0]) for text, some in zip(texts, labels) if some}
+    task.dataset["test"] = Dataset.from_dict({"text": texts, "label": [[]] * 9})
+    assert sample_texts(task) is None
 
 
 def test_a_template_without_a_place(base: Embedder) -> None:

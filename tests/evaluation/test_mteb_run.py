@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+from datasets import Dataset
+from sklearn.metrics import average_precision_score, f1_score, v_measure_score
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import mteb
-from mteb.abstasks import AbsTask
+from mteb.abstasks import AbsTask, AbsTaskClustering
+from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 
 from jaxembed.embedder import Embedder
 from jaxembed.errors import InputError
 from jaxembed.evaluation import MTEBModel, benchmark_tasks, evaluate, named_tasks, to_mteb
+from jaxembed.evaluation.comparison import compare
+from jaxembed.evaluation.items import whole
 from jaxembed.evaluation.scores import Run
 
 from local_tasks import CANDIDATES, CHUNK, COUNT, LOCAL_TASKS
@@ -38,7 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> MTEBModel:
 
 @pytest.fixture(scope="module")
 def run(model: MTEBModel) -> Run:
-    return evaluate(model, [*SOME, TASKS["classes"], TASKS["pairs"], *OTHERS], progress=False)
+    tasks = [*SOME, *(TASKS[name] for name in ("classes", "pairs", "clusters", "bitext")), *OTHERS]
+    return evaluate(model, tasks, progress=False)
 
 
 def test_a_run(run: Run, model: MTEBModel) -> None:
@@ -51,12 +57,15 @@ def test_a_run(run: Run, model: MTEBModel) -> None:
         ("reranking", "Reranking", "map_at_1000"),
         ("classes", "Classification", "accuracy"),
         ("pairs", "PairClassification", "max_ap"),
+        ("clusters", "Clustering", "v_measure"),
+        ("bitext", "BitextMining", "f1"),
         ("mrr_at_10", "Retrieval", "mrr_at_10"),
         ("recall_at_5", "Retrieval", "recall_at_5"),
     ]
     texts = int(run.notes[-1].partition(" texts with ")[0].replace(",", ""))
-    # Four of retrieval and one of STS, each query with its candidates, texts to learn from and to be tested on, pairs.
-    assert texts == 5 * 2 * COUNT + (1 + CANDIDATES) * COUNT + 2 * COUNT + 2 * COUNT
+    # Four of retrieval and one of STS, each query with its candidates, texts to learn from and to be tested on, pairs,
+    # texts to cluster, translations.
+    assert texts == 5 * 2 * COUNT + (1 + CANDIDATES) * COUNT + 2 * COUNT + 2 * COUNT + COUNT + 2 * COUNT
 
 
 def test_items(run: Run) -> None:
@@ -69,8 +78,80 @@ def test_items(run: Run) -> None:
     items = scores["sts"].items
     assert items is not None
     assert items["grade"] == TASKS["sts"].grades
-    assert scipy.stats.spearmanr(*items.values())[0] == pytest.approx(scores["sts"].value, abs=1e-9)
-    assert scores["pairs"].items is None
+    assert scipy.stats.spearmanr(items["cosine"], items["grade"])[0] == pytest.approx(scores["sts"].value, abs=1e-9)
+    items = scores["pairs"].items
+    assert items is not None
+    labels = items["label"]
+    assert labels == TASKS["pairs"].labels
+    measures = {name: average_precision_score(labels, ranks) for name, ranks in items.items() if name != "label"}
+    assert measures == pytest.approx({name: scores["pairs"].metrics[f"{name}_ap"] for name in measures}, abs=1e-12)
+    assert max(measures.values()) == pytest.approx(scores["pairs"].value, abs=1e-12)
+    items = scores["bitext"].items
+    assert items is not None
+    assert items["gold"] == list(range(COUNT))
+    zero: Any = 0  # not in its types
+    f1 = f1_score(items["gold"], items["predicted"], average="weighted", zero_division=zero)
+    assert f1 == pytest.approx(scores["bitext"].value, abs=1e-9)
+
+
+def test_items_of_clusterings(run: Run) -> None:
+    [score] = (score for score in run.scores if score.task == "clusters")
+    assert score.items is not None
+    rows = np.array([score.items[name] for name in ("set", "document", "label", "cluster", "times")], int)
+    sets = [np.repeat(rows[:, rows[0] == number], rows[4, rows[0] == number], axis=1) for number in range(10)]
+    assert np.mean([v_measure_score(each[2], each[3]) for each in sets]) == pytest.approx(score.value, abs=1e-9)
+    task = to_mteb(TASKS["clusters"])
+    labels = TASKS["clusters"].labels
+    for each in sets:  # as mteb, seeded alike, draws them
+        assert sorted(each[1]) == sorted(task.rng_state.choices(range(COUNT), k=COUNT))
+        assert [labels[n] for n in each[1]] == [f"label {n}" for n in each[2]]
+
+
+class Sampled(AbsTaskClustering):
+    """Two levels of labels, of which some texts have one; half of the texts are taken."""
+
+    metadata = to_mteb(TASKS["clusters"]).metadata.model_copy(update={"name": "Sampled"})
+    max_fraction_of_documents_to_embed = 0.5
+    max_documents_per_cluster = 40
+    n_clusters = 3
+
+
+class Sets(AbsTaskClusteringLegacy):
+    """Sets of texts as mteb 1 has them; one set has one label."""
+
+    metadata = to_mteb(TASKS["clusters"]).metadata.model_copy(update={"name": "Sets"})
+
+
+def test_items_of_mteb_s_clusterings(model: MTEBModel) -> None:
+    texts = TASKS["clusters"].texts
+    levels = [[n % 4, n % 8] if n % 3 else [n % 4] for n in range(COUNT)]
+    sampled: Any = Sampled()
+    sets: Any = Sets()
+    sampled.dataset = {"default": {"test": Dataset.from_dict({"sentences": texts, "labels": levels})}}
+    groups = {"sentences": [texts[:20], texts[20:40], texts[40:]], "labels": [[0, 1] * 10, [0, 1, 2, 3] * 5, [0] * 20]}
+    sets.dataset = {"default": {"test": Dataset.from_dict(groups)}}
+    sampled.data_loaded = sets.data_loaded = True
+    of_levels, of_sets = evaluate(model, [sampled, sets], progress=False).scores
+    assert of_levels.items is not None
+    rows = np.array(list(of_levels.items.values()), int)
+    assert set(rows[0]) == set(range(6))
+    assert len(set(rows[1])) <= COUNT // 2
+    for number in range(6):
+        _, documents, labels, _, times = rows[:, rows[0] == number]
+        assert times.sum() == 40
+        wanted = [levels[n][number // 3] for n in documents]
+        assert v_measure_score(wanted, labels) == pytest.approx(1)
+    assert whole(of_levels.items) == pytest.approx(of_levels.value, abs=1e-9)
+    assert of_sets.items is not None
+    assert len(of_sets.items["value"]) == 3
+    assert of_sets.items["value"][2] == 1
+    assert np.mean(of_sets.items["value"]) == pytest.approx(of_sets.value, abs=1e-9)
+
+
+def test_every_kind_of_task_has_an_interval(run: Run) -> None:
+    first = dataclasses.replace(run, model="first")
+    for row in compare([first, dataclasses.replace(run, model="second")]).rows:
+        assert [(each.low, each.high) for each in row.differences] == [(0.0, 0.0)], row.name
 
 
 def test_code_search_ranks_within_chunks(run: Run, model: MTEBModel) -> None:
@@ -162,6 +243,16 @@ def test_wrong_tasks(model: MTEBModel) -> None:
         named_tasks(["SciFakt"])
     with pytest.raises(InputError, match=r"mteb: benchmark 'MTEB\(eng, v9\)' not found"):
         benchmark_tasks("MTEB(eng, v9)")
+    with pytest.raises(InputError, match="CIFAR10: a task of image; expected one of texts alone"):
+        evaluate(model, named_tasks(["CIFAR10"]))
+
+
+def test_a_folder_that_cannot_be_written(model: MTEBModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.embedder, "encode", lambda *_, **__: pytest.fail("embedded before"))
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "evaluation", Path("/proc/evaluation")):
+        with pytest.raises(InputError, match=f"--output {folder}: cannot be written: "):
+            evaluate(model, [TASKS["sts"]], folder, progress=False)
 
 
 def test_the_paper_s_benchmark() -> None:

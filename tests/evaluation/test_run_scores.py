@@ -29,6 +29,9 @@ def full() -> Run:
     return run(
         score("Ranks", "Retrieval", float(np.mean(values)), items={"value": values}),
         score("Alike", "STS", -0.25, items={"cosine": [0.1, 0.1 + 0.2, 1 / 3], "grade": [1.0, 2.0, 0.0]}),
+        score("Same", "PairClassification", 1.0, items={"label": [0, 1, 1], "cosine": [0, 1, 2]}),
+        score("Matched", "BitextMining", 1.0, items={"gold": [0, 1], "predicted": [0, 1]}),
+        score("Groups", "Clustering", 1.0, items=CLUSTERS),
         score("Ähnlich", "Clustering", 0.5, subset="de", metrics={"v_measure": 0.5, "other": math.nan}),
     )
 
@@ -36,8 +39,8 @@ def full() -> Run:
 def test_what_is_saved_is_loaded(tmp_path: Path, full: Run) -> None:
     full.save(tmp_path / "new" / "folder")
     found = Run.load(tmp_path / "new" / "folder")
-    assert math.isnan(found.scores[2].metrics.pop("other"))
-    assert math.isnan(full.scores[2].metrics.pop("other"))
+    assert math.isnan(found.scores[-1].metrics.pop("other"))
+    assert math.isnan(full.scores[-1].metrics.pop("other"))
     assert found == full  # every float to the bit
     assert all(
         "items" not in entry for entry in json.loads((tmp_path / "new/folder/scores.json").read_text())["scores"]
@@ -120,11 +123,41 @@ def test_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "items", [{}, {"value": []}, {"cosine": [0.1]}, {"cosine": [0.1, 0.2], "grade": [1.0]}, {"values": [0.5]}]
+    "items",
+    [
+        {},
+        {"value": []},
+        {"cosine": [0.1]},
+        {"cosine": [0.1, 0.2], "grade": [1.0]},
+        {"values": [0.5]},
+        {"label": [1.0]},
+        {"label": [1.0], "cosine": [1.0], "colour": [1.0]},
+        {"gold": [1.0, 2.0], "predicted": [1.0]},
+        {"set": [0.0], "document": [0.0], "label": [0.0], "cluster": [0.0]},
+    ],
 )
 def test_items_that_no_bootstrap_can_use(items: dict[str, list[float]]) -> None:
-    with pytest.raises(InputError, match=r"Task: expected items 'value', or as many 'cosine' as 'grade', found "):
+    with pytest.raises(InputError, match=r"Task: expected items 'value', or as many 'cosine' as 'grade', .*found "):
         score("Task", "STS", 0.5, items=items)
+
+
+CLUSTERS = {"set": [0, 0], "document": [0, 1], "label": [0, 1], "cluster": [0, 1], "times": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({"label": [0, 2], "dot": [1, 0]}, "expected 0 or 1 as 'label' of the items, found 2"),
+        ({"label": [0, 0.5], "dot": [1, 0]}, "expected whole numbers as 'label'"),
+        ({"gold": [0, 1], "predicted": [0, math.nan]}, "expected whole numbers as 'predicted'"),
+        ({**CLUSTERS, "cluster": [0, -1]}, "expected whole numbers as 'cluster'"),
+        ({"label": [0, 1], "dot": [1, 0]}, "the accuracy of the items is 0.500000, the score 0.900000"),
+        (CLUSTERS, "the accuracy of the items is 1.000000, the score 0.900000"),
+    ],
+)
+def test_damaged_items(items: dict[str, list[float]], message: str) -> None:
+    with pytest.raises(InputError, match=f"Task: {message}"):
+        score("Task", "Any", 0.9, items=items)
 
 
 def test_averages_are_those_of_mteb() -> None:

@@ -80,6 +80,8 @@ def test_queries_that_name_their_documents(tmp_path: Path) -> None:
         assert isinstance(task, RetrievalTask)
         assert task.relevant == {"1": {"d2": 1}, "2": {"d1": 1, "d2": 1}}
         assert task.corpus == {"d1": "T  one", "d2": "two"}
+    jsonl(file, [*queries, {"_id": 3, "text": "c", "relevant": []}])
+    assert read_task(file).notes == ("judged queries without a relevant document, left out: 1",)
     jsonl(tmp_path / "fr.corpus.jsonl", CORPUS)
     with pytest.raises(InputError, match=r"several files of corpus: de\.corpus\.jsonl, fr\.corpus\.jsonl; choose one"):
         read_task(tmp_path)
@@ -140,6 +142,13 @@ def test_some_rows_of_a_file(tmp_path: Path) -> None:
     assert task == BitextTask("t", ["a", "b"], ["a no", "b no"])
 
 
+def test_the_first_row_that_is_meant_says_what_a_file_is(tmp_path: Path) -> None:
+    rows = [{"lang": "en", "s1": "a", "s2": "b", "score": 1}, {"src": "a"}, {"src": "a", "tgt": "b", "lang": "da"}]
+    file = jsonl(tmp_path / "t.jsonl", rows)
+    notes = ("rows that could not be used, left out: 1",)
+    assert read_task(file, name="t", only="lang=da", bad_rows="skip") == BitextTask("t", ["a"], ["b"], notes=notes)
+
+
 def test_labelled_texts_to_learn_from_and_to_be_tested_on(tmp_path: Path) -> None:
     train, test = (
         jsonl(tmp_path / "a.jsonl", LABELLED),
@@ -186,9 +195,10 @@ WRONG: list[tuple[Rows, dict[str, Any], str]] = [
     ([{"query": "a", "docs": ["x"], "labels": [1, 0]}], {}, r"t\.jsonl:1: column 'docs': expected a list of 2 texts"),
     ([{"query": "a", "docs": ["x"], "labels": [-1]}], {}, r"column 'labels'\[0\]: expected a whole number from 0 on"),
     ([{"src": "a", "tgt": "b"}], {"only": "lang=da"}, r"t\.jsonl:1: no column 'lang'"),
-    ([{"src": "a", "tgt": "b"}], {"only": "src=x"}, "expected 1 row with src=x at least, found 0"),
+    ([{"src": "a", "tgt": "b"}], {"only": "src=x"}, "no row with src=x that can be read"),
     ([{"src": "a", "tgt": "b"}], {"only": "lang"}, "only: expected COLUMN=VALUE"),
     ([{"src": "a", "tgt": "b"}], {"anchor": "src"}, "anchor and positive go together"),
+    ([{"src": "a", "tgt": "b"}], {"score": "tgt"}, "score only with them"),
     ([{"src": "a", "tgt": "b"}], {"format": "x"}, "no format 'x'; there are sentence-transformers"),
     ([{"src": " ", "tgt": "b"}], {}, "found 0 .*; rows with an empty text, left out: 1"),
     ([{"one": "a", "two": "b"}], {}, "those of no known format"),
@@ -202,6 +212,41 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, rows: Rows, options: 
         read_task(jsonl(tmp_path / "t.jsonl", rows), **options)
 
 
+OPTIONS = ("train", "split", "corpus", "queries", "qrels", "anchor", "positive", "score", "text", "label", "format")
+
+
+def test_options_that_a_task_has_no_use_for(tmp_path: Path) -> None:
+    folder = beir(tmp_path / "folder")
+    named = tmp_path / "named"
+    jsonl(named / "de.corpus.jsonl", CORPUS)
+    queries = jsonl(named / "de.queries.jsonl", [{"_id": 1, "text": "a", "relevant": "d1", "lang": "de"}])
+    labelled = jsonl(tmp_path / "labelled" / "train.jsonl", LABELLED)
+    jsonl(tmp_path / "labelled" / "test.jsonl", LABELLED)
+    pairs = jsonl(tmp_path / "t.jsonl", [{"s1": a, "s2": b, "score": s} for a, b, s in GRADED])
+    lists = jsonl(tmp_path / "lists.jsonl", [{"query": "a", "docs": ["x", "y"], "labels": [0, 1]}])
+    of_pairs: dict[str, Any] = {"anchor": "s1", "positive": "s2"}
+    given: list[tuple[Path, str | None, dict[str, Any], str]] = [
+        (folder, None, {}, "split corpus queries qrels"),
+        (named, None, {"only": "lang=de"}, "split corpus queries qrels"),
+        (queries, None, {"only": "lang=de"}, "corpus"),
+        (tmp_path / "labelled", None, {"only": "topic=1"}, "train split text label corpus queries"),
+        (labelled, "classification", {"train": labelled}, "train text label"),
+        (labelled, "clustering", {}, "text label"),
+        (pairs, "sts", of_pairs, "anchor positive score format"),
+        (lists, None, {}, ""),
+    ]
+    for path, kind, options, taken in given:
+        for option in sorted({*OPTIONS} - {*taken.split()}):
+            with pytest.raises(InputError, match=rf"^{path}: {option}: no option of "):
+                read_task(path, kind, **{**options, option: "nli"})
+    with pytest.raises(InputError, match="only: no option of a folder of retrieval; there are split, corpus, queries,"):
+        read_task(folder, only="lang=de")
+    with pytest.raises(InputError, match="train, text: no option of pairs of texts; there are anchor,"):
+        read_task(pairs, "sts", train=labelled, text="s1")
+    with pytest.raises(InputError, match="format without them"):
+        read_task(pairs, **of_pairs, format="nli")
+
+
 @pytest.mark.parametrize(
     ("qrels", "message"),
     [
@@ -209,6 +254,8 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, rows: Rows, options: 
         ([("q9", "d1", 1)], r"test\.tsv:2: no query has the id 'q9'"),
         ([("q1", "d1", 0.5)], r"test\.tsv:2: expected a whole number as grade, found 0\.5"),
         ([("q1", "d1", "x")], r"test\.tsv:2: column 'score': expected a finite number"),
+        ([("q1", "d1", 1), ("q1", "d1", 0)], r"test\.tsv:3: query 'q1', document 'd1' is judged twice: 1, then 0\."),
+        ([("q1", "d1", 0), ("q1", "d1", 2)], r"test\.tsv:3: query 'q1', document 'd1' is judged twice: 0, then 2\."),
         ([("q1", "d1", 0)], r"no query with a relevant document .*: judged queries without .*, left out: 1"),
     ],
 )
@@ -221,7 +268,7 @@ def test_what_is_wrong_with_judgements_is_said(
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     queries = [*QUERIES, {"_id": "q4", "text": " "}, {"_id": "q4", "text": "again"}, {"_id": "q5"}]
-    qrels = [*QRELS, ("q1", "d9", 1), ("q4", "d1", 1), ("q3", "d1", 0)]
+    qrels = [*QRELS, *QRELS, ("q1", "d9", 1), ("q4", "d1", 1), ("q3", "d1", 0), ("q1", "d1", 1)]
     folder = beir(tmp_path / "skip", qrels, queries)
     jsonl(folder / "corpus.jsonl", [*CORPUS, {"_id": "d3", "text": ""}])
     (folder / "corpus.jsonl.gz").unlink()
@@ -233,7 +280,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path, caplog: pytest.Log
         "documents with an empty text, kept: 1",
         "empty queries, left out: 1",
         "judged queries without a relevant document, left out: 1",
-        "rows that could not be used, left out: 3",
+        "rows that could not be used, left out: 4",
     )
     assert caplog.messages == [f"skip: {'; '.join(task.notes)}"]
 
