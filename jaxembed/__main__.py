@@ -6,14 +6,19 @@ A command is a module with `main(argv) -> int`; it is imported when it is called
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import importlib.metadata
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from jaxembed.errors import FULL_DISK, InputError
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+"""What the system says of a file that was given but is not to be had."""
 
 COMMANDS = {
     "train": "train an embedder as a config file says",
@@ -48,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main`; an InputError becomes its message on stderr, without traceback, and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # texts may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(argv)
     except InputError as error:
@@ -67,6 +74,9 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         print("error: gs:// needs gcsfs: pip install 'jaxembed[gcs]'", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno in _REFUSED:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         if error.errno not in FULL_DISK:
             raise
         print(f"error: {error}; make room and run it again", file=sys.stderr)

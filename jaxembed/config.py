@@ -727,8 +727,17 @@ class DistributedConfig(_Section):
     @field_validator("coordinator")
     @classmethod
     def _coordinator_is_an_address(cls, coordinator: str | None) -> str | None:
-        if coordinator is not None and not re.fullmatch(r"\S+:\d{1,5}", coordinator):
+        if coordinator is None:
+            return None
+        if not re.fullmatch(r"\S+:\d{1,5}", coordinator):
             raise ValueError(f'expected HOST:PORT such as 10.0.0.1:8476, found "{coordinator}"')
+        host, _, port = coordinator.rpartition(":")
+        if not 1 <= int(port) <= 65_535:
+            raise ValueError(f"expected a port from 1 to 65535, found {port}")
+        try:
+            host.encode("idna")  # as the system's resolver is asked
+        except UnicodeError as error:
+            raise ValueError(f'"{host}" is no name of a host: {error}') from None
         return coordinator
 
 

@@ -255,7 +255,7 @@ def _call_roll(place: Place, timeout: int) -> Line:
             except TimeoutError:
                 absent = ", ".join(str(number) for number in range(1, place.processes) if number not in peers)
                 refuse(_did_not_come(f"process{'es' if ',' in absent else ''} {absent}", place, timeout))
-            hello = _hello(connection)
+            hello = _hello(connection, min(5, max(0.01, deadline - time.monotonic())))
             if hello is None:  # a stranger
                 connection.close()
                 continue
@@ -279,6 +279,8 @@ def _answer_roll(place: Place, timeout: int) -> Line:
         try:
             connection = socket.create_connection(place.address, max(1, deadline - time.monotonic()))
             break
+        except UnicodeError as error:
+            raise InputError(f"distributed.coordinator: {place.coordinator} names no host: {error}") from error
         except OSError as error:
             if time.monotonic() > deadline:
                 raise InputError(f"{_did_not_come('process 0', place, timeout)}: {error}") from error
@@ -310,9 +312,9 @@ def _listen_at(port: int) -> socket.socket:
     return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=1024)
 
 
-def _hello(connection: socket.socket) -> tuple[int, int, str] | None:
+def _hello(connection: socket.socket, timeout: float) -> tuple[int, int, str] | None:
     """Process, number of processes, host."""
-    connection.settimeout(5)
+    connection.settimeout(timeout)
     match _receive(connection).get(_HELLO):
         case [int(process), int(total), str(host)]:
             connection.settimeout(None)

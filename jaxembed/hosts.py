@@ -151,7 +151,7 @@ def process_name(process: int) -> str:
 
 
 def check_shared(directory: epath.Path, key: str) -> None:
-    """Makes a directory, and refuses one that other processes do not see when process 0 does.
+    """Makes a directory, and refuses one that cannot be written, or that other processes do not see as process 0 does.
 
     Args:
         key: of the config, for the message.
@@ -164,14 +164,13 @@ def check_shared(directory: epath.Path, key: str) -> None:
     if is_main():
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            if count() > 1:
-                probe.write_text(name)
+            probe.write_text(name)
         except OSError as error:
-            failure = f"{key}: cannot make the directory {directory}: {error}"
+            failure = f"{key}: cannot make the directory {directory}, or not write there: {error}"
     if failure := broadcast("probe written", failure):
         raise InputError(failure)
-    seen = gather("probe seen", "1" if count() == 1 or probe.exists() else "")
-    if count() > 1 and is_main():
+    seen = gather("probe seen", "1" if probe.exists() else "")
+    if is_main():
         probe.unlink(missing_ok=True)
     if blind := [process_name(process) for process, found in enumerate(seen) if not found]:
         raise InputError(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the first argument has to be a config file, such as configs/udever-bloom-560m.yaml")
     if arguments.examples is not None and (arguments.examples < 1 or arguments.lengths is None):
         raise InputError("--examples: expected a number of at least 1, with --lengths: without it the data is counted")
-    if arguments.price is not None and arguments.price < 0:
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
         raise InputError(f"--price: expected a price of a chip-hour, found {arguments.price}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "httpx"):

@@ -42,7 +42,7 @@ def quantize_embeddings(
         float32, int8, uint8, int8, uint8, in the order of `Precision`.
 
     Raises:
-        InputError: another precision, not floating-point vectors, for int8 and uint8 not finite, ranges or calibration
+        InputError: another precision, not floating-point vectors, for all but float32 not finite, ranges or calibration
             embeddings of another width, or ranges to be taken from a single embedding.
     """
     if precision not in get_args(Precision):
@@ -52,14 +52,14 @@ def quantize_embeddings(
         raise InputError(f"embeddings: expected one vector or a matrix, found shape {embeddings.shape}")
     if precision == "float32":
         return embeddings.astype(np.float32)
+    if not np.isfinite(embeddings).all():
+        raise InputError(f"embeddings: not all numbers are finite, which {precision} cannot hold")
     if precision in ("binary", "ubinary"):
         unsigned = np.packbits(embeddings > 0, axis=-1)
     else:
         low, high = _ranges(embeddings, precision, ranges, calibration_embeddings)
         step = (high - low) / _STEPS
         step = np.where(step == 0, 1, step)
-        if not np.isfinite(embeddings).all():
-            raise InputError(f"embeddings: not all numbers are finite, which {precision} cannot hold")
         with np.errstate(over="ignore"):  # of a range of next to nothing: the last level all the same
             levels = (embeddings - low) / step
         np.floor(levels, out=levels)  # in place: embeddings may fill much of the memory

@@ -3,8 +3,18 @@ import os
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
-from jaxembed.config import JsonlSource, PythonSource, TrainConfig, dump_config, json_schema, load_config, options_help
+from jaxembed.config import (
+    DistributedConfig,
+    JsonlSource,
+    PythonSource,
+    TrainConfig,
+    dump_config,
+    json_schema,
+    load_config,
+    options_help,
+)
 from jaxembed.data.formats import RowFormat
 from jaxembed.errors import InputError
 
@@ -238,3 +248,16 @@ def test_rows_have_a_format_or_named_columns(load):
 def test_the_formats_are_those_that_can_be_read():
     options = JsonlSource.model_fields["format"].annotation
     assert set(get_args(get_args(options)[0])) == set(get_args(RowFormat))
+
+
+def test_the_coordinator_is_an_address():
+    for address in ("10.0.0.1:8476", "[::1]:1", "node-7.cluster:65535"):
+        assert DistributedConfig(coordinator=address).coordinator == address
+    for address, said in (
+        ("node", "expected HOST:PORT"),
+        ("node:0", "expected a port from 1 to 65535, found 0"),
+        ("node:99999", "expected a port from 1 to 65535, found 99999"),
+        ("a..b:8476", '"a..b" is no name of a host'),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            DistributedConfig(coordinator=address)

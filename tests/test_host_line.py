@@ -146,6 +146,25 @@ def test_strangers_are_no_processes():
     close(lines)
 
 
+def test_silent_strangers_do_not_prolong_the_roll_call():
+    port = free_port()
+
+    def knock():
+        time.sleep(0.3)
+        with socket.create_connection(("localhost", port)), socket.create_connection(("localhost", port)):
+            time.sleep(1.5)
+
+    start = time.monotonic()
+    error, _ = in_threads(lambda: connect(Place(f"localhost:{port}", 2, 0), 1), knock)
+    assert "process 1 of 2 did not turn up" in str(error)
+    assert time.monotonic() - start < 4
+
+
+def test_a_coordinator_that_is_no_name():
+    with pytest.raises(InputError, match=r"distributed\.coordinator: a\.\.b:8476 names no host"):
+        connect(Place("a..b:8476", 2, 1), 20)
+
+
 def test_another_program_is_at_the_port():
     with socket.create_server(("localhost", 0)) as server:
 

@@ -111,7 +111,7 @@ def test_agreement_names_who_differs(monkeypatch):
     )
 
 
-def test_one_process_agrees_with_itself(tmp_path):
+def test_one_process_agrees_with_itself(tmp_path, monkeypatch):
     assert hosts.gather("a", "b") == ["b"]
     assert hosts.broadcast("a", "b") == "b"
     assert [hosts.anyone("a", value) for value in (False, True)] == [False, True]
@@ -130,6 +130,13 @@ def test_one_process_agrees_with_itself(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="run_dir: cannot make the directory"):
         hosts.check_shared(epath.Path(tmp_path / "file" / "run"), "run_dir")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", refuse)
+    with pytest.raises(InputError, match=r"run_dir: cannot .* not write there: .*Permission denied"):
+        hosts.check_shared(epath.Path(tmp_path / "run"), "run_dir")
 
 
 def test_arrays_go_to_the_devices_and_back():

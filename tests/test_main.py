@@ -1,3 +1,5 @@
+import errno
+import io
 import re
 import subprocess
 import sys
@@ -18,6 +20,10 @@ def echo(monkeypatch):
             raise InputError("config.yaml:3: loss.temperature: expected a number greater than 0, found -1")
         if argv == ["bug"]:
             raise RuntimeError("a bug")
+        if argv == ["refused"]:
+            raise PermissionError(errno.EACCES, "Permission denied", "corpus/x.jsonl")
+        if argv == ["greek"]:
+            print("\u03bb")
         if argv == ["bucket"]:
             raise ImportError("Please install gcsfs to access Google Storage")
         return len(argv)
@@ -43,6 +49,18 @@ def test_an_input_error_is_its_message_and_status_2(echo, capsys):
 def test_a_bucket_without_gcsfs_says_what_to_install(echo, capsys):
     assert script.main(["echo", "bucket"]) == 2
     assert capsys.readouterr().err == "error: gs:// needs gcsfs: pip install 'jaxembed[gcs]'\n"
+
+
+def test_a_file_that_is_not_to_be_had_is_its_message_and_status_2(echo, capsys):
+    assert script.main(["echo", "refused"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'corpus/x.jsonl'\n"
+
+
+def test_what_the_terminal_cannot_show_is_escaped(echo, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert script.main(["echo", "greek"]) == 1
+    assert shown.getvalue() == b"\\u03bb\n"
 
 
 def test_any_other_error_keeps_its_traceback(echo):

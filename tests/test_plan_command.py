@@ -36,6 +36,8 @@ def tiny(tmp_path: Path) -> Path:
         (["--topology", "v5e-8", "--lengths", "60"], "--lengths: expected MEAN,MAX"),
         (["--topology", "v5e-8", "--examples", "10"], "--examples: expected a number of at least 1, with --lengths"),
         (["--topology", "v5e-8", "--price", "-1"], "--price: expected a price"),
+        (["--topology", "v5e-8", "--price", "nan"], "--price: expected a price"),
+        (["--topology", "v5e-8", "--price", "inf"], "--price: expected a price"),
     ],
 )
 def test_arguments_that_are_wrong(

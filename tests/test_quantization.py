@@ -83,6 +83,8 @@ ONES = np.ones((2, 8), np.float32)
         ([[1.0], [1.0, 2.0]], "binary", {}, "embeddings: expected vectors of one width"),
         (ONES[None], "binary", {}, r"embeddings: expected one vector or a matrix, found shape \(1, 2, 8\)"),
         (ONES * np.nan, "uint8", {}, "embeddings: not all numbers are finite, which uint8"),
+        (ONES * np.nan, "binary", {}, "embeddings: not all numbers are finite, which binary"),
+        (ONES[0] * np.inf, "ubinary", {}, "embeddings: not all numbers are finite, which ubinary"),
         (ONES[:1], "int8", {}, "precision int8: .* from a single embedding; give `ranges`"),
         (ONES[0], "uint8", {}, "precision uint8: .* from a single embedding"),
         (ONES, "int8", {"ranges": ONES[:, :4]}, r"ranges: expected shape \(2, 8\).* found \(2, 4\)"),

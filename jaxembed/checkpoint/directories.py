@@ -18,7 +18,12 @@ from pathlib import Path
 from etils import epath
 from tqdm import tqdm
 
-from jaxembed.errors import InputError
+from jaxembed.errors import FULL_DISK, InputError
+
+try:
+    import fcntl
+except ImportError:  # on Windows; nothing is locked there
+    fcntl = None
 
 INCOMPLETE = "jaxembed_incomplete"
 """Where it is, a model in a bucket is being written, or its writer was killed."""
@@ -45,22 +50,32 @@ def new_directory(target: ModelPath) -> Iterator[Path]:
     What bears the name is whole, also after a kill at any time; after an error nothing is left. The directory lies
     beside a local target, and what was there is there until then. For a bucket it is a temporary one, whose files are
     uploaded in the end, to those that are there already by `Uploads`.
+
+    Raises:
+        InputError: the local target is a mount point, cannot be written, or is being written by another process.
     """
     if not isinstance(target, Path):
         with _new_in_bucket(target) as partial:
             yield partial
         return
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
+    target = Path(os.path.realpath(target))
+    if os.path.ismount(target):
+        raise InputError(f"{target}: is a mount point, which cannot be replaced; choose a directory in it")
+    partial, old = target.with_name(f".{target.name}.incomplete"), target.with_name(f".{target.name}.old")
+    lock = _hold(partial, target)
     try:
-        partial.mkdir()
+        if old.exists() and not target.exists():  # killed between two renames
+            old.rename(target)
+        for entry in partial.iterdir():  # of a process that was killed
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         yield partial
-        _rename(partial, target)
+        _rename(partial, target, old)
     except BaseException:
         _remove(partial)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 class Uploads:
@@ -108,7 +123,7 @@ def fetched(source: epath.Path, cache: Path) -> Path:
         raise InputError(f"{source}: expected the directory of a model, found nothing")
     if INCOMPLETE in files:
         raise InputError(f"{source}: a model is being written there, or its writer was killed; wait, or write it again")
-    found = {name: file.stat() for name, file in sorted(files.items())}
+    found = {name: epath.Path(file).stat() for name, file in sorted(files.items())}
     key = json.dumps([os.fspath(source), [[name, stat.length, stat.mtime] for name, stat in found.items()]])
     target = cache / hashlib.sha256(key.encode()).hexdigest()[:16] / source.name
     if target.is_dir():
@@ -193,6 +208,38 @@ def _copy(source: ModelPath, target: ModelPath) -> None:
         shutil.copyfileobj(old, new, _COPIED_BYTES)
 
 
+def _hold(partial: Path, target: Path) -> int | None:
+    """Makes the directory, or takes that of a killed process, and locks it, which a kill ends too; gives the lock."""
+    made, lock = False, None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            made = not partial.exists()
+            partial.mkdir(exist_ok=True)
+            if fcntl is None:
+                return None
+            lock = os.open(partial, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                made = False
+                raise InputError(f"{target}: another process is writing it; wait, or choose another one") from None
+            except OSError:  # a file system without locks
+                return lock
+            if partial.exists() and os.path.samestat(os.fstat(lock), partial.stat()):
+                return lock
+            os.close(lock)  # its holder has just finished with it
+            lock = None
+    except BaseException as error:
+        if lock is not None:
+            os.close(lock)
+        if made:
+            _remove(partial)
+        if isinstance(error, OSError) and error.errno not in FULL_DISK:
+            raise InputError(f"{target}: cannot be written: {error}") from error
+        raise
+
+
 def _remove(partial: Path, patience: float = 5.0) -> None:
     """Again until it is gone: threads of Orbax may still write into it after one of them has failed."""
     deadline = time.monotonic() + patience
@@ -203,11 +250,10 @@ def _remove(partial: Path, patience: float = 5.0) -> None:
             return
 
 
-def _rename(partial: Path, target: Path) -> None:
+def _rename(partial: Path, target: Path, old: Path) -> None:
     if not target.exists():
         partial.rename(target)
         return
-    old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
     try:

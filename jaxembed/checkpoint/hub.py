@@ -67,7 +67,7 @@ def find_directory(
         if local_files_only:
             raise InputError(f"{name}: is not on this machine; copy it here")
         return fetched(epath.Path(name), Path(BUCKET_CACHE if cache_dir is None else cache_dir).expanduser())
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # that of Path raises where there is no such user
     if path.is_dir():
         return path
     if path.exists() or str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):

@@ -62,7 +62,7 @@ def text_columns(
         InputError: with file and line, where it has not what is needed.
     """
     if kind_of(path) == "tsv" and not _has_header(path, name, keys[:1] if ids_needed else keys):
-        return TextColumns("id", None)
+        return TextColumns("id", None, TITLE if title is None else title or None)
     for number, row in numbered_rows(path, name, progress=False):
         if isinstance(row, InputError):
             continue
@@ -98,7 +98,8 @@ def id_texts(
             elif len(fields) not in (2, 3):
                 yield number, InputError(f"expected the columns id, text or id, title, text, found {len(fields)}")
             else:
-                yield number, (fields[0], title_and_text(fields[1] if len(fields) == 3 else "", fields[-1]))
+                title = fields[1] if len(fields) == 3 and columns.title is not None else ""
+                yield number, (fields[0], title_and_text(title, fields[-1]))
         return
     for number, row in numbered_rows(path, name, spans=spans, progress=progress):
         try:

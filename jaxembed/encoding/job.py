@@ -30,7 +30,7 @@ from jaxembed.encoding.manifest import (
     refuse_other_job,
     write_manifest,
 )
-from jaxembed.encoding.readers import BadRows, Fields, File, Text, find_files, read_shards, survey
+from jaxembed.encoding.readers import BadRows, Fields, File, Text, find_files, read_shards, refuse_changed, survey
 from jaxembed.encoding.writers import WRITERS
 from jaxembed.errors import InputError
 from jaxembed.quantization import Precision, quantize_embeddings
@@ -102,7 +102,7 @@ def encode_corpus(options: Options, load: Callable[[], Embedder], *, progress: b
 
     Raises:
         InputError: wrong options or rows, no files or no texts, an output directory of something else, too little room
-            on its disk, or an embedding that is not finite.
+            on its disk, an embedding that is not finite, or files that were changed meanwhile.
     """
     if options.shard_size < 1:
         raise InputError(f"--shard-size: expected a whole number of at least 1, found {options.shard_size}")
@@ -119,7 +119,8 @@ def encode_corpus(options: Options, load: Callable[[], Embedder], *, progress: b
     hosts.agree("the job", {name: json.dumps(value) for name, value in job.items()})
     if found is not None:
         refuse_other_job(directory, found, job)
-    hosts.check_shared(directory, "--output")
+    if hosts.count() > 1 or found is None or not found.complete or _absent(directory, found):  # else only read
+        hosts.check_shared(directory, "--output")
     if found is None:
         if hosts.is_main():
             found = _begin(options, job, files, model, encode, progress)
@@ -133,14 +134,17 @@ def encode_corpus(options: Options, load: Callable[[], Embedder], *, progress: b
             "begun on %s, going on on %s: numbers agree to rounding, not to the bit", found.machine, _machine(model)
         )
     encode.ranges = found.ranges
-    done = {path.name for path in directory.iterdir()}
-    _check_room(directory, found, encode, done=sum(name in done for name in found.shards))
-    todo = json.loads(hosts.broadcast("shards to do", json.dumps([s not in done for s in found.shards])))
+    leftovers = [path for path in directory.iterdir() if path.name.startswith(".") and path.name.endswith(TEMPORARY)]
+    absent = set(_absent(directory, found))
+    _check_room(directory, found, encode, done=len(found.shards) - len(absent))
+    todo = json.loads(hosts.broadcast("shards to do", json.dumps([shard in absent for shard in found.shards])))
     mine = np.flatnonzero(todo)[jax.process_index() :: jax.process_count()].tolist()
     summary = _embed_shards(found, directory, mine, encode, options, progress)
+    if mine:
+        refuse_changed(files)
     hosts.barrier("the last shard")
-    if hosts.is_main():
-        _finish(directory, found)
+    if hosts.is_main() and (any(todo) or not found.complete):
+        _finish(directory, found, leftovers if any(todo) else ())
     return summary
 
 
@@ -297,12 +301,16 @@ def _check_finite(vectors: Num[np.ndarray, "texts width"], ids: Sequence[str]) -
         )
 
 
-def _finish(directory: epath.Path, manifest: Manifest) -> None:
+def _absent(directory: epath.Path, manifest: Manifest) -> list[str]:
+    """Shards that are not there."""
     there = {path.name for path in directory.iterdir()}
-    missing = [name for name in manifest.shards if name not in there]
-    if missing:
-        raise InputError(f"{directory}: {missing[0]} was removed while the job ran; start it again")
-    for name in there:
-        if name.startswith(".") and name.endswith(TEMPORARY):  # of processes that were killed
-            (directory / name).unlink(missing_ok=True)
+    return [shard for shard in manifest.shards if shard not in there]
+
+
+def _finish(directory: epath.Path, manifest: Manifest, leftovers: Sequence[epath.Path]) -> None:
+    """Deletes the temporary files that were there all the while, of processes that were killed."""
+    if absent := _absent(directory, manifest):
+        raise InputError(f"{directory}: {absent[0]} was removed while the job ran; start it again")
+    for path in leftovers:
+        path.unlink(missing_ok=True)
     write_manifest(directory, dataclasses.replace(manifest, complete=True))

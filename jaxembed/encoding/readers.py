@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Literal
 import numpy as np
 from etils import epath
 
+from jaxembed.data.files import is_local
 from jaxembed.data.id_texts import CORPUS_KEYS, QUERY_KEYS, TextColumns, id_texts, text_columns
 from jaxembed.data.rows import modification_time, overlaps
 from jaxembed.errors import InputError
@@ -77,8 +79,27 @@ def find_files(patterns: Sequence[str]) -> list[File]:
     found: dict[str, File] = {}
     for pattern in patterns:
         for path in _matches(pattern):
-            found.setdefault(str(path), File(str(path), path.stat().length, modification_time(path)))
+            found.setdefault(os.path.abspath(path) if is_local(path) else str(path), _found(path))
     return list(found.values())
+
+
+def refuse_changed(files: Sequence[File]) -> None:
+    """Refuses files that are no longer as they were found.
+
+    Raises:
+        InputError: names the first one.
+    """
+    for file in files:
+        path = epath.Path(file.path)
+        if not path.exists() or _found(path) != file:
+            raise InputError(
+                f"--input {path}: was changed while the job ran, so that the embeddings may be of both states; remove "
+                "them, and start again"
+            )
+
+
+def _found(path: epath.Path) -> File:
+    return File(str(path), path.stat().length, modification_time(path))
 
 
 def _matches(pattern: str) -> list[epath.Path]:
@@ -120,6 +141,12 @@ def survey(
     for file, name in zip(files, names):
         path = epath.Path(file.path)
         columns = text_columns(path, _NAME, keys, title=fields.title, ids_needed=fields.id is not None)
+        if columns.text is None and (fields.id is not None or fields.text is not None or fields.title):
+            missing = " or ".join(map(repr, keys[0] if fields.id is not None else (*keys[0], *keys[1])))
+            raise InputError(
+                f"{path}:1: no column {missing}, so the file is taken for one without header, of id, text or id, "
+                "title, text; the columns that --id-field, --text-field and --title-field name need a header"
+            )
         label = name if names.count(name) == 1 else file.path
         rows = 0
         for number, found in id_texts(path, name, columns, label=label, progress=progress):

@@ -89,7 +89,10 @@ def compile_program(traced: Any, topology: Topology, mesh: Mesh, directory: str 
     else:
         found = _found(compiled, mesh, time.perf_counter() - start)
     if path is not None:
-        _write(path, found, topology)
+        try:
+            _write(path, found, topology)
+        except OSError as error:
+            logger.warning("%s: cannot be kept (%s)", path, error)
     return found
 
 

@@ -42,7 +42,7 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
-# The compiler recurses, for bloom-3b on tpu7x deeper than the stacks that its threads have by default: the process dies.
+# The compiler recurses deeper than its threads' own stacks allow, for bloom-3b on tpu7x, and the process dies.
 _STACK_SIZE = "--fibers_default_thread_stack_size", 4 << 20
 
 

@@ -208,6 +208,7 @@ def test_a_directory_is_taken_as_it_is(hub: Hub, tmp_path: Path, monkeypatch: py
         tmp_path / "nowhere": "nothing",
         "./nowhere": "nothing",
         "~/nowhere": "nothing",
+        "~nobody-of-that-name/model": "nothing",
         "a/b/c": "nothing",
         "gs://bucket/model": "nothing",
         "file": "a file",

@@ -24,8 +24,8 @@ from jaxembed import quantize_embeddings
 from jaxembed.data.formats import title_and_text
 from jaxembed.embedder import Embedder
 from jaxembed.encoding.job import Options, Summary, encode_corpus
-from jaxembed.encoding.manifest import read_manifest, read_ranges
-from jaxembed.encoding.readers import Fields
+from jaxembed.encoding.manifest import Manifest, read_manifest, read_ranges, write_manifest
+from jaxembed.encoding.readers import Fields, find_files
 from jaxembed.errors import InputError
 
 from buckets import Bucket
@@ -194,6 +194,59 @@ def test_columns_by_name(tmp_path: Path, model: Embedder) -> None:
             encode(model, path, tmp_path / "wrong", fields=fields)
 
 
+def test_columns_of_tables_without_header(tmp_path: Path, model: Embedder) -> None:
+    titled, named = tmp_path / "titled.tsv", tmp_path / "named.tsv"
+    titled.write_text("".join(f"{row['_id']}\t{row['title']}\t{row['text']}\n" for row in ROWS[:4]))
+    encode(model, titled, tmp_path / "out", fields=Fields(title=""))
+    np.testing.assert_array_equal(read(tmp_path / "out")[1], model.encode_document([row["text"] for row in ROWS[:4]]))
+    named.write_text("docno\tbody\nd1\thello\n")
+    for path, fields, message in (
+        (named, Fields("docid", "body"), "named.tsv:1: no column 'docid', so the file is taken for one without header"),
+        (named, Fields(text="bdy"), "named.tsv:1: no column '_id' or .* or 'bdy', so the file is taken"),
+        (titled, Fields(title="head"), "titled.tsv:1: no column .*--title-field name need a header"),
+    ):
+        with pytest.raises(InputError, match=message):
+            encode(model, path, tmp_path / "wrong", fields=fields)
+    encode(model, named, tmp_path / "named", fields=Fields("docno", "body"))
+    assert read(tmp_path / "named")[0] == ["d1"]
+
+
+def test_one_file_by_several_names(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["corpus.jsonl", str(corpus), "./corpus.jsonl", f"{tmp_path}/../{tmp_path.name}/*.jsonl"]
+    assert [file.path for file in find_files(names)] == ["corpus.jsonl"]
+    assert [file.path for file in find_files(names[1:])] == [str(corpus)]
+
+
+def test_a_whole_job_is_only_read(tmp_path: Path, model: Embedder, corpus: Path) -> None:
+    out = tmp_path / "out"
+    encode(model, corpus, out)
+    live = out / ".manifest.json.0a.tmp"  # of another process
+    live.touch()
+    before = out.stat().st_mtime_ns, (out / "manifest.json").stat().st_ino
+    assert encode(model, corpus, out).texts == 0
+    assert (out.stat().st_mtime_ns, (out / "manifest.json").stat().st_ino) == before
+    assert live.exists()
+
+
+def test_another_process_s_unfinished_files_stay(
+    tmp_path: Path, model: Embedder, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".embeddings.0a.tmp").touch()
+    embed = model.encode
+
+    def meanwhile(texts: list[str], **options: Any) -> Any:
+        if texts:  # else nothing has begun
+            (out / ".embeddings.0b.tmp").touch()
+        return embed(texts, **options)
+
+    monkeypatch.setattr(model, "encode", meanwhile)
+    encode(model, corpus, out)
+    assert sorted(path.name for path in out.glob(".*")) == [".embeddings.0b.tmp"]
+
+
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 def test_what_is_left_to_do_is_done(tmp_path: Path, model: Embedder, corpus: Path, format: Any) -> None:
     encode(model, corpus, tmp_path / "whole", shard_size=7, format=format)
@@ -358,6 +411,22 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path, model: Embedder, corpus: 
     os.utime(corpus, ns=(time, time))
     with pytest.raises(InputError, match="fewer rows than when the job began"):
         encode_corpus(options, load, progress=False)
+
+
+def test_a_file_that_is_written_anew_meanwhile(
+    tmp_path: Path, model: Embedder, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_begun(directory: epath.Path, manifest: Manifest) -> None:
+        write_manifest(directory, manifest)
+        write_jsonl(corpus, [{"_id": f"new{number}", "text": "new"} for number in range(70)])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxembed.encoding.job.write_manifest", write_begun)
+        with pytest.raises(InputError, match=f"--input {corpus}: was changed while the job ran"):
+            encode(model, corpus, tmp_path / "out", shard_size=16)
+    assert not json.loads((tmp_path / "out/manifest.json").read_text())["complete"]
+    with pytest.raises(InputError, match="another job"):
+        encode(model, corpus, tmp_path / "out", shard_size=16)
 
 
 def test_a_bucket(bucket: Bucket, tmp_path: Path, model: Embedder, corpus: Path) -> None:

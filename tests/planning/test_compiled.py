@@ -89,3 +89,10 @@ def test_what_was_kept_is_damaged(tmp_path: Path, text: str, caplog: pytest.LogC
     assert again.total == first.total
     assert f"{path}: cannot be read" in caplog.text
     assert path.read_text() != text
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    refused = Refused("RESOURCE_EXHAUSTED: Used 20.51G of 15.75G hbm")
+    assert compile_program(refused, V5E, make_mesh(), str(tmp_path / "file" / "plans")).needed == 20.51
+    assert ".json: cannot be kept (" in caplog.text
