@@ -43,7 +43,7 @@ def quantize_embeddings(
 
     Raises:
         InputError: another precision, not floating-point vectors, for all but float32 not finite, ranges or calibration
-            embeddings of another width, or ranges to be taken from a single embedding.
+            embeddings of another width, calibration embeddings that are not finite, or ranges to be taken from a single embedding.
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision: expected one of {', '.join(get_args(Precision))}, found {precision!r}")
@@ -83,6 +83,8 @@ def _ranges(embeddings: np.ndarray, precision: str, ranges: Any, calibration_emb
         samples = _floats("calibration_embeddings", calibration_embeddings)
         if samples.ndim != 2 or samples.shape[1] != dim or not len(samples):
             raise InputError(f"calibration_embeddings: expected shape (samples, {dim}), found {samples.shape}")
+        if not np.isfinite(samples).all():
+            raise InputError("calibration_embeddings: not all numbers are finite, so that they have no range")
     elif embeddings.ndim == 1 or len(embeddings) == 1:
         raise InputError(
             f"precision {precision}: the ranges of the dimensions cannot be taken from a single embedding; give "

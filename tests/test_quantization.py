@@ -93,6 +93,7 @@ ONES = np.ones((2, 8), np.float32)
         (ONES, "int8", {"calibration_embeddings": ONES[:, :4]}, r"expected shape \(samples, 8\), found \(2, 4\)"),
         (ONES, "int8", {"calibration_embeddings": ONES[:0]}, r"calibration_embeddings: .*found \(0, 8\)"),
         (ONES, "int8", {"calibration_embeddings": [["a"]]}, "calibration_embeddings: expected float32"),
+        (ONES, "int8", {"calibration_embeddings": ONES * np.nan}, "calibration_embeddings: not all numbers are finite"),
     ],
 )
 def test_what_is_refused(embeddings: Any, precision: Any, options: dict[str, Any], message: str) -> None:
