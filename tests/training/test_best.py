@@ -81,6 +81,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 @pytest.mark.usefixtures("scored")
+@pytest.mark.slow
 def test_the_best_state_is_kept_exported_and_found_again(
     workshop: Workshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
