@@ -43,7 +43,8 @@ def quantize_embeddings(
 
     Raises:
         InputError: another precision, not floating-point vectors, for all but float32 not finite, ranges or calibration
-            embeddings of another width, calibration embeddings that are not finite, or ranges to be taken from a single embedding.
+            embeddings of another width, calibration embeddings that are not finite, or ranges to be taken from a
+            single embedding.
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision: expected one of {', '.join(get_args(Precision))}, found {precision!r}")
