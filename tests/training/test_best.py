@@ -136,11 +136,9 @@ def convert_run(*arguments: object) -> int:
     return run_command(convert.main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scored")
-@pytest.mark.parametrize(
-    "trainable",
-    ["bitfit", pytest.param("full", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("trainable", ["bitfit", "full", "lora"])
 def test_any_state_of_a_run_becomes_a_model(
     workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str], trainable: str
 ) -> None:

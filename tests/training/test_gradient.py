@@ -372,15 +372,8 @@ def test_a_tensor_axis_changes_nothing(record_property) -> None:
     assert_same_run(found, alone("full"), record_property)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "check_vma"),
-    [
-        ((2, 4, 1), True),
-        pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
-        pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "check_vma"), [((2, 4, 1), True), ((8, 1, 1), False), ((2, 2, 2), False)], ids=str)
 def test_a_mesh_changes_nothing_of_any_loss(sizes: tuple[int, int, int], check_vma: bool, record_property) -> None:
     found = train("full", make_mesh(*sizes), chunk_rows=1, check_vma=check_vma, options=EVERYTHING)
     assert_same_run(found, alone("full", EVERYTHING), record_property)
