@@ -97,6 +97,29 @@ class Workshop:
         )
 
 
+def on_two_processes(code: str, *arguments: object) -> list[str]:
+    """What two processes of four devices, which run the code, have said on stderr; all have to end well.
+
+    Args:
+        arguments: of the code; number of the process and port of the coordinator come after them.
+    """
+    environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, (*arguments, number, port))],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for number in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return errors
+
+
 class Processes:
     """A run of several processes on this machine, each with some virtual devices; it has to be waited for.
 

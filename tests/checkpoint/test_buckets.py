@@ -2,8 +2,6 @@
 
 import filecmp
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from jaxembed.errors import InputError
 
 from buckets import Bucket
 from checkpoints import listing
-from runs import ENVIRONMENT, free_port, write_base
+from runs import on_two_processes, write_base
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TARGET = epath.Path("gs://bucket/models/tiny")
@@ -222,20 +220,7 @@ print(",".join(written), file=sys.stderr)
 
 @pytest.mark.slow
 def test_each_of_two_processes_writes_some_of_the_weights(base: Path, embedder: Embedder, tmp_path: Path) -> None:
-    environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(base), str(tmp_path), str(number), port],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for number in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    errors = on_two_processes(_PROCESS, base, tmp_path)
     first, second = (error.splitlines()[-1].split(",") for error in errors)
     found = tmp_path / "bucket" / "tiny"
     weights = sorted(path.name for path in found.glob("*.safetensors"))

@@ -1,10 +1,7 @@
 """Checkpoints and whole runs in a bucket, of one process and of two: gcsfs and TensorStore speak to a stand-in."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +20,7 @@ from jaxembed.checkpoint.orbax import COMMIT_MARKER, TrainingCheckpoints
 from jaxembed.sharding import make_mesh
 
 from buckets import Service, served
-from runs import ENVIRONMENT, Processes, Workshop, free_port, rows_of
+from runs import Processes, Workshop, on_two_processes, rows_of
 
 RUN = epath.Path("gs://bucket/runs/one")
 
@@ -183,20 +180,7 @@ hosts.barrier("done")
 
 @pytest.mark.slow
 def test_checkpoints_of_two_processes(service: Service) -> None:
-    environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(number), port],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for number in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    errors = on_two_processes(_PROCESS)
     for error in errors:
         whole, unmarked, cut, nothing, last = json.loads(error.splitlines()[-1])
         assert whole == [[3, 4], 4, {"plan": 4}]

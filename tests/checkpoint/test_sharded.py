@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from jaxembed.sharding import make_mesh
 
 from blooms import random_bloom
 from checkpoints import Container, random_weights, write_checkpoint, write_tensors
-from runs import ENVIRONMENT, free_port
+from runs import on_two_processes
 
 CONFIG = BloomConfig(vocab_size=64, dim=32, layers=4, heads=4)
 
@@ -196,20 +194,7 @@ def test_two_processes_read_half_each(tmp_path: Path) -> None:
     """And a hash that a cast loses is the same, put together from what each has read of it."""
     config = BloomConfig(vocab_size=4096, dim=128, layers=3, heads=4)
     random_bloom(config).save_pretrained(tmp_path / "model")
-    environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(tmp_path / "model"), str(number), port],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for number in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    errors = on_two_processes(_PROCESS, tmp_path / "model")
     tensors = open_tensors(tmp_path / "model").values()
     total = sum(ref.nbytes for ref in tensors)
     replicated = sum(ref.nbytes for ref in tensors if len(ref.shape) == 1)
