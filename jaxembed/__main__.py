@@ -6,7 +6,6 @@ A command is a module with `main(argv) -> int`; it is imported when it is called
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import importlib.metadata
 import io
@@ -15,10 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from jaxembed.errors import FULL_DISK, InputError
-
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-"""What the system says of a file that was given but is not to be had."""
+from jaxembed.errors import explanation
 
 COMMANDS = {
     "train": "train an embedder as a config file says",
@@ -52,14 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a command's `main`; an InputError becomes its message on stderr, without traceback, and exit status 2."""
+    """Runs a command's `main`; an error that is meant for users becomes its message on stderr, and an exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # texts may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         # What was interrupted in its making (a progress bar) may complain, with a traceback, when it is collected.
         sys.unraisablehook = lambda _: None
@@ -68,19 +61,13 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
     except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ImportError as error:
-        if "gcsfs" not in str(error):
+    except Exception as error:
+        explained = explanation(error)
+        if explained is None:
             raise
-        print("error: gs:// needs gcsfs: pip install 'jaxembed[gcs]'", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno in _REFUSED:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        if error.errno not in FULL_DISK:
-            raise
-        print(f"error: {error}; make room and run it again", file=sys.stderr)
-        return 1
+        text, status = explained
+        print(f"error: {text}", file=sys.stderr)
+        return status
 
 
 def _help() -> str:

@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use, and is of no use here
     from jaxembed.checkpoint.convert import Container, convert, open_source, plan_conversion
     from jaxembed.checkpoint.directories import model_path, refuse_target
-    from jaxembed.checkpoint.export import ExportError
     from jaxembed.checkpoint.hub import find_directory
-    from jaxembed.checkpoint.orbax import CheckpointError
     from jaxembed.text.format import read_text_format_file
     from jaxembed.training.run_directory import is_run, open_run
 
@@ -57,18 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         print(_table(conversion))
         return 0
-    try:
-        summary = convert(
-            conversion,
-            target,
-            text_format=text_format,
-            max_shard_bytes=max_shard_bytes,
-            overwrite=arguments.overwrite,
-            verify=functools.partial(_verify, conversion) if arguments.verify else None,
-        )
-    except (CheckpointError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    summary = convert(
+        conversion,
+        target,
+        text_format=text_format,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=arguments.overwrite,
+        verify=functools.partial(_verify, conversion) if arguments.verify else None,
+    )
     print(summary)
     return 0
 

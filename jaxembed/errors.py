@@ -1,9 +1,12 @@
-"""The one error that users of the package meet: something they gave is not as it should be."""
+"""The errors that are meant for users, and what a command says of each in place of a traceback."""
 
 import errno
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where there is no more room: of the disk, of a quota, of a file."""
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+"""What the system says of a file that was given but is not to be had."""
 
 
 class InputError(ValueError):
@@ -12,3 +15,28 @@ class InputError(ValueError):
     The message says what was expected, what was found, where, and what to do. Commands print it without a
     traceback and exit with status 2.
     """
+
+
+class OperationError(RuntimeError):
+    """What was given is as it should be, and yet what was asked for could not be done.
+
+    Commands print the message without a traceback and exit with status 1.
+    """
+
+
+def explanation(error: BaseException) -> tuple[str, int] | None:
+    """What a command prints of an error, and its exit status; None for a fault of the program itself."""
+    match error:
+        case InputError():
+            return str(error), 2
+        case OperationError():
+            return str(error), 1
+        case ImportError() if "gcsfs" in str(error):
+            return "gs:// needs gcsfs: pip install 'jaxembed[gcs]'", 2
+        case RuntimeError() if "home directory" in str(error):  # of pathlib
+            return "a path begins with ~NAME, where NAME is no user of this machine", 2
+        case OSError() if error.errno in _REFUSED:
+            return str(error), 2
+        case OSError() if error.errno in FULL_DISK:
+            return f"{error}; make room and run it again", 1
+    return None

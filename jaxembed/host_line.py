@@ -61,7 +61,7 @@ class Line:
         """Whether this process has told the others to end."""
         self._peers, self._open = peers, len(peers)
         self._state, self._sending = threading.Condition(), threading.Lock()
-        self._closing = False
+        self._closing = self._leaving = False
         self._asked = 0
         self._said: dict[int, dict[int, tuple[str, str]]] = {}
         self._answers: dict[int, list[str]] = {}
@@ -93,6 +93,12 @@ class Line:
                 self._passed = step
                 return False
             return True
+
+    def claim_end(self) -> bool:
+        """Whether this process may say why it ends; not where it is being ended, which says so itself."""
+        with self._state:
+            self._closing = True
+            return not self._leaving
 
     def end(self, text: str, status: int) -> None:
         """Has all others print the text and exit; process 0 returns when they have, or had the time."""
@@ -203,7 +209,7 @@ class Line:
         with self._state:
             if self._closing:
                 return
-            self._closing = True
+            self._closing = self._leaving = True
         threading.Thread(target=self._end_process, args=(text, status, origin), daemon=True).start()
 
     def _end_process(self, text: str, status: int, origin: int | None) -> None:

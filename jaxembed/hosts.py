@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -26,7 +27,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxembed.config import DistributedConfig
-from jaxembed.errors import FULL_DISK, InputError
+from jaxembed.errors import InputError, explanation
 from jaxembed.host_line import Line, Place, connect, exit_now
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ _GATHERED_BYTES = 256 << 20  # of an array, on every device at once
 _SHOWN = 200  # characters of a value in a message
 
 _line: Line | None = None
+
+
+class _SharedError(InputError):
+    """One that every process raises, with the same words."""
 
 
 def count() -> int:
@@ -142,7 +147,7 @@ def agree(name: str, values: str | Mapping[str, str]) -> None:
             differences.append(f"{who} has {of}{_shown(held[odd[0]])}, {others} {_shown(common)}")
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise InputError(f"{name} differs between hosts: {'; '.join(differences[:3])}{more}")
+        raise _SharedError(f"{name} differs between hosts: {'; '.join(differences[:3])}{more}")
 
 
 def process_name(process: int) -> str:
@@ -168,12 +173,12 @@ def check_shared(directory: epath.Path, key: str) -> None:
         except OSError as error:
             failure = f"{key}: cannot make the directory {directory}, or not write there: {error}"
     if failure := broadcast("probe written", failure):
-        raise InputError(failure)
+        raise _SharedError(failure)
     seen = gather("probe seen", "1" if probe.exists() else "")
     if is_main():
         probe.unlink(missing_ok=True)
     if blind := [process_name(process) for process, found in enumerate(seen) if not found]:
-        raise InputError(
+        raise _SharedError(
             f"{key}: {directory} has to be one place for all processes, in a bucket or on a shared disk, for all of "
             f"them write there; what {process_name(0)} wrote there is not seen by {', '.join(blind)}"
         )
@@ -284,15 +289,16 @@ def _place(section: DistributedConfig) -> tuple[Place, Any] | None:
 def _fail(error: BaseException) -> NoReturn:
     """Prints why this process failed, has the others end, and ends."""
     assert _line is not None
-    interrupted = isinstance(error, KeyboardInterrupt)
-    explained = type(error).__module__.startswith("jaxembed.") or getattr(error, "errno", None) in FULL_DISK
-    if not explained and not interrupted:
+    explained = ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else explanation(error)
+    if explained is None:
         time.sleep(2)  # where it failed because another process is gone, the line ends this one, with a better message
         traceback.print_exception(error)
-    text = "interrupted" if interrupted else str(error) if explained else f"{type(error).__name__}: {error}"
+        explained = f"{type(error).__name__}: {error}", 1
+    text, status = explained
+    if not _line.claim_end():
+        threading.Event().wait()  # for the end
     print(f"error: {text}", file=sys.stderr)
-    status = 2 if isinstance(error, InputError) else 130 if interrupted else 1
-    _line.end(f"{process_name(_line.process)}: {text}", status)
+    _line.end(text if isinstance(error, _SharedError) else f"{process_name(_line.process)}: {text}", status)
     exit_now(status)
 
 

@@ -51,18 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     from jaxembed import hosts  # after the config is known to be good: JAX takes seconds
-    from jaxembed.checkpoint.export import ExportError
-    from jaxembed.checkpoint.orbax import CheckpointError
-    from jaxembed.training.loop import TrainingError, run
+    from jaxembed.training.loop import run
 
     try:
         with hosts.together(config.distributed):
             if not hosts.is_main():
                 logging.getLogger().setLevel(logging.WARNING)
             run(config, resume=arguments.resume is not None)
-    except (TrainingError, CheckpointError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise

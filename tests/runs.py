@@ -97,8 +97,8 @@ class Workshop:
         )
 
 
-def on_two_processes(code: str, *arguments: object) -> list[str]:
-    """What two processes of four devices, which run the code, have said on stderr; all have to end well.
+def on_two_processes(code: str, *arguments: object, status: int = 0) -> list[str]:
+    """What two processes of four devices, which run the code, have said on stderr; both have to end with the status.
 
     Args:
         arguments: of the code; number of the process and port of the coordinator come after them.
@@ -116,7 +116,7 @@ def on_two_processes(code: str, *arguments: object) -> list[str]:
         for number in range(2)
     ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    assert [process.returncode for process in processes] == [status] * 2, errors
     return errors
 
 

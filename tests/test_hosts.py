@@ -1,5 +1,7 @@
 """Which processes there are, by config and cluster; and that on one process nothing is in the way."""
 
+import socket
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,9 @@ from jaxembed.errors import InputError
 from jaxembed.host_line import Place
 from jaxembed.sharding import chips_of_process, make_mesh
 
+from runs import on_two_processes
+
+HOST = socket.gethostname()
 CLUSTERS = ("SLURM", "OMPI", "JAX", "TPU", "KUBERNETES", "MEGASCALE")
 
 
@@ -109,6 +114,39 @@ def test_agreement_names_who_differs(monkeypatch):
         "the software differs between hosts: process 0 (host a) has jax 1, the others 2; "
         "process 2 (host c) has flax none, the others 1"
     )
+
+
+FAILING = """
+import sys, time
+from jaxembed import hosts
+from jaxembed.config import DistributedConfig
+
+what, late, number, port = sys.argv[1], *map(int, sys.argv[2:])
+if number == late:
+    fail = hosts._fail
+    hosts._fail = lambda error: (time.sleep(2), fail(error))
+with hosts.together(DistributedConfig(coordinator=f"localhost:{port}", num_processes=2, process_id=number)):
+    if what == "plan":
+        hosts.agree("the plan", str(number))
+    if number == 1:
+        raise PermissionError(13, "Permission denied", "a.jsonl")
+    hosts.barrier("the end")
+"""
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_an_error_of_all_is_said_once_whoever_is_first(late):
+    for said in on_two_processes(FAILING, "plan", late, status=2):
+        assert said.splitlines() == [
+            f"error: the plan differs between hosts: process 1 (host {HOST}) has 1, process 0 0"
+        ]
+
+
+def test_a_file_that_one_process_may_not_read():
+    reason = "[Errno 13] Permission denied: 'a.jsonl'"
+    told, own = on_two_processes(FAILING, "file", -1, status=2)
+    assert told.splitlines() == [f"error: process 1 (host {HOST}): {reason}"]
+    assert own.splitlines() == [f"error: {reason}"]
 
 
 def test_one_process_agrees_with_itself(tmp_path, monkeypatch):

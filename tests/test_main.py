@@ -4,11 +4,12 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from jaxembed import __main__ as script
-from jaxembed.errors import InputError
+from jaxembed.errors import InputError, OperationError
 
 
 @pytest.fixture
@@ -22,6 +23,10 @@ def echo(monkeypatch):
             raise RuntimeError("a bug")
         if argv == ["refused"]:
             raise PermissionError(errno.EACCES, "Permission denied", "corpus/x.jsonl")
+        if argv == ["nobody"]:
+            Path("~nobody-of-this-name/corpus").expanduser()
+        if argv == ["failed"]:
+            raise OperationError("step 7: the loss is nan")
         if argv == ["greek"]:
             print("\u03bb")
         if argv == ["bucket"]:
@@ -54,6 +59,16 @@ def test_a_bucket_without_gcsfs_says_what_to_install(echo, capsys):
 def test_a_file_that_is_not_to_be_had_is_its_message_and_status_2(echo, capsys):
     assert script.main(["echo", "refused"]) == 2
     assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'corpus/x.jsonl'\n"
+
+
+def test_the_home_of_nobody_is_a_message(echo, capsys):
+    assert script.main(["echo", "nobody"]) == 2
+    assert capsys.readouterr().err == "error: a path begins with ~NAME, where NAME is no user of this machine\n"
+
+
+def test_an_operation_that_failed_is_its_message_and_status_1(echo, capsys):
+    assert script.main(["echo", "failed"]) == 1
+    assert capsys.readouterr().err == "error: step 7: the loss is nan\n"
 
 
 def test_what_the_terminal_cannot_show_is_escaped(echo, monkeypatch):

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxembed.checkpoint.directories import ModelPath, is_incomplete, model_path, new_directory
-from jaxembed.errors import InputError
+from jaxembed.errors import InputError, OperationError
 from jaxembed.text.format import (
     DEFAULT_TEXT_FORMAT,
     ROLES,
@@ -70,7 +70,7 @@ _POOLING_KEYS = tuple(
 )
 
 
-class ExportError(RuntimeError):
+class ExportError(OperationError):
     """A written model does not give in sentence-transformers what it gives here; it should not be published."""
 
 

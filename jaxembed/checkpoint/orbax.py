@@ -25,7 +25,7 @@ from etils import epath
 
 from jaxembed import hosts
 from jaxembed.checkpoint.buffers import Buffers
-from jaxembed.errors import InputError
+from jaxembed.errors import InputError, OperationError
 
 log = logging.getLogger(__name__)
 # Orbax tells every step of every save through absl, and every failure with its traceback before it raises it.
@@ -41,7 +41,7 @@ _GROUP_BYTES = 256 << 20
 _CHUNK_BYTES = 64 << 20  # of an array, in a file
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OperationError):
     """A checkpoint could not be written, or none of those that are there can be read. Names the directory and step."""
 
 

@@ -28,7 +28,7 @@ from jaxembed.config import TrainConfig
 from jaxembed.data.loader import Batches, iterate
 from jaxembed.data.sources import Examples
 from jaxembed.embedder import Embedder
-from jaxembed.errors import InputError
+from jaxembed.errors import InputError, OperationError
 from jaxembed.evaluation.dev_set import AnyDevSet
 from jaxembed.ops.attention import choose_kernel
 from jaxembed.sharding import compute_dtype, make_mesh
@@ -73,7 +73,7 @@ logger = logging.getLogger(__name__)
 _STEPS = "the steps"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(OperationError):
     """A run that cannot go on: its numbers are no numbers any more."""
 
 
