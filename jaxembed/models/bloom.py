@@ -17,28 +17,31 @@ from jaxtyping import Array, Float, Int
 from jaxembed.errors import InputError
 from jaxembed.models.parts import Adapter, TokenRows
 from jaxembed.models.weights import IDENTITY, TRANSPOSE, Relayout, WeightRule
+from jaxembed.ops.activations import gelu
 from jaxembed.ops.alibi import alibi_slopes
 from jaxembed.ops.attention import attention
 from jaxembed.ops.norms import layer_norm
 from jaxembed.ops.pooling import take_positions
 from jaxembed.sharding import Alone, Hooks
 
-_MOVED = frozenset({"all_gather", "custom_vjp_call", "slice", "squeeze", "reshape", "transpose"})
-"""What gathers weights (those that are frozen by the rule of `sharding._gathered`), and what cuts or turns them."""
+_AGAIN = frozenset({"custom_vjp_call", "all_gather", "slice", "squeeze", "reshape", "transpose"})
+"""What is not worth keeping: norms, activation and weights in another dtype, whose rules call themselves forward; and
+what gathers, cuts or turns weights."""
 
 
-def _all_but_moved(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in _MOVED
+def _worth_keeping(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name not in _AGAIN
 
 
 LAYER_CHECKPOINTS: Mapping[str, Any] = {
-    "none": _all_but_moved,
+    "none": _worth_keeping,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What a layer keeps for its backward pass, by name: everything, results of matrix products with weights, its input.
+"""What a layer keeps for its backward pass, by name: all but what is quick to compute again, results of matrix products
+with weights, its input.
 
-By none of them weights that were gathered, or cut out of these: those of all layers are the whole model, on each chip.
+By none of them weights that were cast or gathered, or cut out of these: those of all layers are the whole model.
 """
 
 
@@ -218,7 +221,7 @@ class Layer(nnx.Module):
         )
         x = (queried if self.residual_after_norm else x) + self.out(context, hooks)
         m = self.mlp_norm(x)
-        hidden = jax.nn.gelu(self.up(m, hooks), approximate=True)
+        hidden = gelu(self.up(m, hooks))
         return (m if self.residual_after_norm else x) + self.down(hidden, hooks)
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from transformers.models.bloom import modeling_bloom
 
 from jaxembed.errors import InputError
-from jaxembed.models.bloom import LAYER_CHECKPOINTS, Bloom, BloomConfig, weight_map
+from jaxembed.models.bloom import LAYER_CHECKPOINTS, Bloom, BloomConfig, Layer, weight_map
 from jaxembed.models.weights import assignments
 from jaxembed.ops.norms import unit_norm
+from jaxembed.sharding import Alone
 from jaxembed.text.packing import Rows, RowShape, best_fit_rows, fill_rows
 
 from blooms import QUICK, abstract_bloom, from_torch, random_bloom
@@ -285,6 +286,22 @@ def test_layer_checkpoints_change_nothing(model: Bloom, checkpointed) -> None:
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_what_a_layer_keeps_for_its_backward_pass(capsys) -> None:
+    """Beside its input q, k, v, their context, the stream between, and what goes into the activation; no weight."""
+    shape = BloomConfig(VOCAB, dim=64, layers=1, heads=4)
+    graph, state = nnx.split(Layer(jax.random.key(0), shape))
+
+    def layer(state: nnx.State, x: jax.Array) -> jax.Array:
+        segments, slopes = jnp.ones(x.shape[:2], jnp.int32), jnp.ones(4)
+        return nnx.merge(graph, state)(x, segments, slopes, Alone(), attention_kernel="flash:interpret")
+
+    layer = jax.checkpoint(layer, policy=LAYER_CHECKPOINTS["none"])
+    jax.ad_checkpoint.print_saved_residuals(layer, state, jnp.zeros((2, 32, 64), jnp.bfloat16))
+    lines = capsys.readouterr().out.splitlines()
+    kept = sorted(line.split()[0] for line in lines if "from the argument" not in line and line.startswith("bf16"))
+    assert kept == [*["bf16[2,32,256]"], *["bf16[2,32,4,16]"] * 4, *["bf16[2,32,64]"]]
 
 
 def test_a_checkpointed_layer_is_computed_again(checkpointed) -> None:
