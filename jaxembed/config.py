@@ -116,7 +116,8 @@ class ModelConfig(_Section):
     )
     layer_checkpoint: _Recompute = Field(
         default="none",
-        description="what each layer computes again in the backward pass: nothing, all but its matmuls, all",
+        description="what each layer computes again in the backward pass: none = norms and activation, dots = all but "
+        "its matmuls, full = all",
     )
 
     @model_validator(mode="after")
