@@ -175,7 +175,7 @@ class Alone:
     """The hooks of one device, and of arrays that XLA partitions by itself: nothing moves."""
 
     def weight(self, parameter: nnx.Param, dtype: Any) -> Array:
-        return _cast(parameter[...], dtype)
+        return parameter[...].astype(dtype)
 
     def lookup(self, table: nnx.Param, ids: Int[Array, "rows length"], dtype: Any) -> Float[Array, "rows length dim"]:
         return table.at[ids].get(mode="clip").astype(dtype)
@@ -194,7 +194,7 @@ class Chips:
     """
 
     def weight(self, parameter: nnx.Param, dtype: Any) -> Array:
-        w = _cast(parameter[...], dtype)
+        w = parameter[...].astype(dtype)
         axes = parameter.axes[-w.ndim :]  # a layer taken from a stack keeps the stack's names
         if "embed" not in axes:
             return w
@@ -215,23 +215,6 @@ class Chips:
 
     def everyone(self, x: Float[Array, "mine dim"]) -> Float[Array, "all dim"]:
         return jax.lax.all_gather(x, BATCH_AXES, axis=0, tiled=True)
-
-
-def _cast(w: Array, dtype: Any) -> Array:
-    return w if w.dtype == dtype else _rounded(w, jnp.dtype(dtype), w.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _rounded(w: Array, dtype: Any, own: Any) -> Array:
-    """A weight in another dtype: one that no layer keeps for its backward pass (`models.bloom.LAYER_CHECKPOINTS`)."""
-    return w.astype(dtype)
-
-
-def _keep_no_weight(w: Array, dtype: Any, own: Any) -> tuple[Array, None]:
-    return _rounded(w, dtype, own), None
-
-
-_rounded.defvjp(_keep_no_weight, lambda dtype, own, _, gradient: (gradient.astype(own),))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

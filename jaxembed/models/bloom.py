@@ -20,28 +20,20 @@ from jaxembed.models.weights import IDENTITY, TRANSPOSE, Relayout, WeightRule
 from jaxembed.ops.activations import gelu
 from jaxembed.ops.alibi import alibi_slopes
 from jaxembed.ops.attention import attention
+from jaxembed.ops.kept import KEPT, kept, kept_flat
 from jaxembed.ops.norms import layer_norm
 from jaxembed.ops.pooling import take_positions
 from jaxembed.sharding import Alone, Hooks
 
-_AGAIN = frozenset({"custom_vjp_call", "all_gather", "slice", "squeeze", "reshape", "transpose"})
-"""What is not worth keeping: norms, activation and weights in another dtype, whose rules call themselves forward; and
-what gathers, cuts or turns weights."""
-
-
-def _worth_keeping(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name not in _AGAIN
-
-
 LAYER_CHECKPOINTS: Mapping[str, Any] = {
-    "none": _worth_keeping,
+    "none": jax.checkpoint_policies.save_only_these_names(KEPT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What a layer keeps for its backward pass, by name: all but what is quick to compute again, results of matrix products
-with weights, its input.
+"""What a layer keeps for its backward pass, by name: what spares it products and attention; results of products with
+weights; its input.
 
-By none of them weights that were cast or gathered, or cut out of these: those of all layers are the whole model.
+By none of them weights that were cast or gathered: those of all layers are the whole model, on each chip.
 """
 
 
@@ -184,7 +176,7 @@ class Projections(nnx.Module):
         if self.lora is not None:
             low = [self.lora.lower(y, hooks) for y in (queried, x)]
             q, k, v = (y + self.lora.upper(low[min(i, 1)], hooks, i) for i, y in enumerate((q, k, v)))
-        return q, k, v
+        return kept_flat(q), kept_flat(k), kept_flat(v)
 
 
 class Layer(nnx.Module):
@@ -219,9 +211,9 @@ class Layer(nnx.Module):
         context = attention(
             *self.qkv(queried, a, hooks), segments, slopes, positions, causal=self.causal, kernel=attention_kernel
         )
-        x = (queried if self.residual_after_norm else x) + self.out(context, hooks)
+        x = kept((queried if self.residual_after_norm else x) + self.out(context, hooks))
         m = self.mlp_norm(x)
-        hidden = gelu(self.up(m, hooks))
+        hidden = gelu(kept(self.up(m, hooks)))
         return (m if self.residual_after_norm else x) + self.down(hidden, hooks)
 
 
@@ -269,7 +261,13 @@ class Bloom(nnx.Module):
         x, _ = self._stacked_layers(
             x, segments, slopes, hooks, layer_checkpoint=layer_checkpoint, attention_kernel=attention_kernel
         )
-        x = self.last_layer(x, segments, slopes, hooks, positions, attention_kernel)
+
+        def last(layer: Layer, x: Array) -> Array:
+            return layer(x, segments, slopes, hooks, positions, attention_kernel)
+
+        if layer_checkpoint != "none":  # its backward pass comes next, and would only gather its weights again
+            last = jax.checkpoint(last, policy=LAYER_CHECKPOINTS[layer_checkpoint], prevent_cse=False)
+        x = last(self.last_layer, x)
         return self.final_norm(x.astype(jnp.float32))
 
     def layer_states(
@@ -295,7 +293,9 @@ class Bloom(nnx.Module):
     def _embedded(self, tokens: Int[Array, "rows length"], dtype: Any, hooks: Hooks) -> Float[Array, "rows length dim"]:
         """The stream before the first layer."""
         x = hooks.lookup(self.table, tokens, dtype)
-        return self.table_norm(x if self.token_rows is None else self.token_rows(x, tokens, hooks))
+        x = x if self.token_rows is None else self.token_rows(x, tokens, hooks)
+        # By itself it would keep several float32 arrays for its backward pass.
+        return jax.checkpoint(LayerNorm.__call__, prevent_cse=False)(self.table_norm, x)
 
     def _stacked_layers(
         self,

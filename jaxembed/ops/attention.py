@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxembed.errors import InputError
+from jaxembed.ops.kept import kept_flat
 
 KERNELS = ("plain", "splash", "flash")
 KEY = "model.attention_kernel"
@@ -56,7 +57,7 @@ def attention(
     if positions is not None:
         positions = jnp.maximum(positions, 0)
         own = jnp.take_along_axis(segments, positions, axis=1, mode="clip")
-        return _attend(q, k, v, segments, own, positions, slopes, causal)
+        return kept_flat(_attend(q, k, v, segments, own, positions, slopes, causal))
     name, _, interpret = kernel.partition(":")
     if name == "flash" or (name == "splash" and length >= SHORTEST_ROW):
         return _by_kernel(name, q, k, v, segments, slopes, causal, bool(interpret))
@@ -71,7 +72,7 @@ def attention(
                 causal,
             )
         )  # fmt: skip
-    return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
+    return kept_flat(jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0])
 
 
 def _by_kernel(

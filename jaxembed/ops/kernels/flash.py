@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from jaxembed.ops.kept import kept, kept_flat
 from jaxembed.ops.kernels.ranges import Ranges, fill, visible_ranges
 
 UNSEEN = -1e30
@@ -118,6 +119,7 @@ def _attend_keeping(
     interpret: bool,
 ) -> tuple[Array, tuple[Any, ...]]:  # fmt: skip
     out, log_sums = attention_forward(q, k, v, seen, slopes, tilings.forward, interpret)
+    out, log_sums = kept_flat(out), kept(log_sums)
     return out, (q, k, v, seen, seen_from, slopes, out, log_sums)
 
 

@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Int
 
 from jaxembed.errors import InputError
+from jaxembed.ops.kept import KEPT
 from jaxembed.ops.kernels.ranges import visible_ranges
 
 LANES = 128
@@ -69,7 +70,10 @@ def splash_attention(
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
     )
     out: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
     return out.swapaxes(1, 2)[:, :length].astype(v.dtype)
