@@ -116,8 +116,8 @@ class ModelConfig(_Section):
     )
     layer_checkpoint: _Recompute = Field(
         default="none",
-        description="what each layer computes again in the backward pass: none = norms and activation, dots = all but "
-        "its matmuls, full = all",
+        description="what each layer computes again in the backward pass: none = all but matmuls and attention, dots = "
+        "all but matmuls, full = all",
     )
 
     @model_validator(mode="after")
