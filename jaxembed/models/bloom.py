@@ -25,8 +25,16 @@ from jaxembed.ops.norms import layer_norm
 from jaxembed.ops.pooling import take_positions
 from jaxembed.sharding import Alone, Hooks
 
+_named: Any = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+
+def _kept(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """What has the name; and kernels, which JAX would run again even where nobody takes what they give."""
+    return primitive.name == "pallas_call" or _named(primitive, *operands, **parameters)
+
+
 LAYER_CHECKPOINTS: Mapping[str, Any] = {
-    "none": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "none": _kept,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
