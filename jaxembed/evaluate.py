@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from jaxembed.evaluation.tables import Table
 
 
+logger = logging.getLogger(__name__)
+
+
 class EvaluateConfig(BaseModel):
     """What a file for `--config` holds; the options of the command line stand over it."""
 
@@ -52,7 +55,10 @@ class EvaluateConfig(BaseModel):
     published: dict[str, float] = Field(
         default_factory=dict, description="scores in percent, by task, to be printed beside those found"
     )
-    output: str | None = Field(default=None, description="folder of the report; null = evaluations/NAME")
+    output: str | None = Field(
+        default=None,
+        description="folder of the report; null = evaluations/NAME, or NAME@REVISION where that has another's report",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=config.batch_size,
     )
     if config.output is None:
-        _refuse_other_weights(output, model.revision)
+        output = _free_of_others(output, model.revision)
     run = evaluate(model, tasks, output)
     print(_beside(run, config.published).markdown() if config.published else scores_table(run).markdown())
     missing = sorted(set(names) - {score.task for score in run.scores})
@@ -122,16 +128,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if missing else 0
 
 
-def _refuse_other_weights(folder: Path, revision: str) -> None:
-    """Models in different places may have one name, after which the folder is called."""
+def _free_of_others(folder: Path, revision: str) -> Path:
+    """The folder, or one named after the revision too, where it holds the report of another.
+
+    A model that was trained on, or is read in another way, keeps its earlier report, to be compared with.
+    """
     from jaxembed.evaluation.scores import Run
 
     try:
         found = Run.load(folder)
     except InputError:  # there is none, or a damaged one
-        return
-    if found.revision.partition("-")[0] != revision.partition("-")[0]:
-        raise InputError(f"{folder}: holds the report of other weights; give --output or --name")
+        return folder
+    if found.revision == revision:
+        return folder
+    other = folder.with_name(f"{folder.name}@{revision}")
+    logger.info("%s holds the report of %s, so this one goes to %s", folder, found.revision, other)
+    return other
 
 
 def _compare(folders: Sequence[str], output: str | None) -> int:
@@ -209,7 +221,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--batch-size", type=int, metavar="ROWS", help="of the longest length at once")
     model.add_argument("--fsdp", type=int, metavar="DEVICES", help="over which the weights are split (default: 1)")
     out = parser.add_argument_group("report")
-    out.add_argument("--output", metavar="DIR", help="of the report (default: evaluations/NAME)")
+    out.add_argument(
+        "--output",
+        metavar="DIR",
+        help="of the report (default: evaluations/NAME; with @REVISION behind it where that has "
+        "the report of another revision)",
+    )
     out.add_argument(
         "--compare",
         nargs="+",

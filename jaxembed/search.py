@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import shutil
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from etils import epath  # the rest takes seconds to import
 
     from jaxembed.embedder import Embedder
-    from jaxembed.encoding.readers import Fields
+    from jaxembed.encoding.readers import Fields, is_unicode
     from jaxembed.evaluation.searching import AS_DOCUMENTS, find_corpus_files, open_corpus
     from jaxembed.sharding import local_mesh
     from jaxembed.text.format import read_text_format_file
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = open_corpus(arguments.corpus, model, options, arguments.index)
 
     def search(queries: Sequence[str]) -> list[list["Hit"]]:
+        if not all(map(is_unicode, queries)):
+            raise InputError("a query that is not UTF-8")
         vectors = model.encode_query(
             queries, prompt=arguments.query_prompt, truncate_dim=corpus.job["truncate dim"], show_progress_bar=False
         )
@@ -79,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _typed() -> Iterator[str]:
     """Queries, line by line, until there are no more; blank lines are passed over."""
     asked = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # such a line is refused as a query, and the next one is read
     if asked:
         print("A query a line; Ctrl-D ends.", file=sys.stderr)
     while True:

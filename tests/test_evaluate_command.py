@@ -167,20 +167,32 @@ def test_reports_of_models_of_one_name(
     monkeypatch.setattr(evaluation, "evaluate", stand_in)
     shutil.copytree(model, tmp_path / "a" / "run" / "best")
     write_base(tmp_path / "b" / "run" / "best", scale=0.3)
-    scores = Path("evaluations") / "run__best" / "scores.json"
+    folder = Path("evaluations") / "run__best"
     assert run("--model", "a/run/best", "--task", sts) == 0
-    assert run("--model", "a/run/best", "--task", sts, "--truncate-dim", 8) == 0
-    before = scores.read_text()
-    capsys.readouterr()
-    assert run("--model", "b/run/best", "--task", sts) == 2
-    message = "error: evaluations/run__best: holds the report of other weights; give --output or --name\n"
-    assert capsys.readouterr().err.endswith(message)
-    assert scores.read_text() == before
-    for options in (("--name", "other"), ("--output", "evaluations/run__best")):
-        assert run("--model", "b/run/best", "--task", sts, *options) == 0
-    assert scores.read_text() != before
-    scores.write_text(before[:-9])
+    before = (folder / "scores.json").read_text()
+    first = Run.load(folder).revision
+
+    # Other weights, as after more training, and another reading have reports of their own; the first one stays.
+    for arguments in (["--model", "b/run/best"], ["--model", "a/run/best", "--truncate-dim", 8]):
+        capsys.readouterr()
+        for _ in range(2):
+            assert run(*arguments, "--task", sts) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        other = Path(said.removesuffix(": scores.json, report.md, report.html"))
+        revision = Run.load(other).revision
+        assert other.name == f"run__best@{revision}"
+        assert revision != first
+    assert sorted(path.name for path in folder.parent.iterdir())[0] == "run__best"
+    assert len(list(folder.parent.iterdir())) == 3
+    assert (folder / "scores.json").read_text() == before
+    assert run("--compare", *folder.parent.iterdir()) == 0
+
+    # Where it is said to go there it goes; a damaged report is none.
+    assert run("--model", "b/run/best", "--task", sts, "--output", folder) == 0
+    assert (folder / "scores.json").read_text() != before
+    (folder / "scores.json").write_text(before[:-9])
     assert run("--model", "a/run/best", "--task", sts) == 0
+    assert (folder / "scores.json").read_text() == before
 
 
 def test_a_wrong_corpus(model: Path, beir: Path, capsys: pytest.CaptureFixture[str]) -> None:

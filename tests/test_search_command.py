@@ -298,6 +298,20 @@ def test_a_bad_query_does_not_end_the_session(
     assert "error: 'bad': no such word\n" in said.err
 
 
+def test_a_query_that_is_not_utf_8(
+    monkeypatch: pytest.MonkeyPatch, model: Path, corpus: Path, expected: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is refused, typed or given as an argument; the queries after it are answered."""
+    typed = b"\xff\xfe bad\n" + QUERIES[0].encode() + b"\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    assert run("--json", "--model", model, "--corpus", corpus, "--interactive") == 1
+    said = capsys.readouterr()
+    check([json.loads(line)["hits"] for line in said.out.splitlines()], expected[:1])
+    assert r"error: '\udcff\udcfe bad': a query that is not UTF-8" in said.err
+    assert run("--model", model, "--corpus", corpus, b"caf\xe9".decode(errors="surrogateescape")) == 2
+    assert capsys.readouterr().err.endswith("error: a query that is not UTF-8\n")
+
+
 def test_lines(monkeypatch: pytest.MonkeyPatch, model: Path, corpus: Path, capsys: Any) -> None:
     monkeypatch.setenv("COLUMNS", "70")
     assert run("--model", model, "--corpus", corpus, "--top-k", 2, QUERIES[0]) == 0

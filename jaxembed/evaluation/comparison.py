@@ -5,6 +5,7 @@ runs together keeps that in, and gives far narrower intervals than two that are 
 Introduction to the Bootstrap, 1993; for retrieval: Smucker, Allan and Carterette, CIKM 2007).
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Comparison:
     """
     Attributes:
         names: of the runs, the first one first.
-        rows: of each type the mean, then its tasks; at the end the mean of all.
+        rows: of each type the mean, then its tasks; at the end the means of all tasks and of all types.
         notes: what was left out, and which rows have no intervals.
     """
 
@@ -107,7 +108,7 @@ def compare(runs: Sequence[Run], names: Sequence[str] | None = None, seed: int =
     of these tasks, not of others.
 
     Args:
-        names: of the runs; None: their models, and revisions where those are the same.
+        names: of the runs; None: their models, with revisions, and dates, where those are the same.
 
     Raises:
         InputError: fewer than two runs, names that are the same, or no score that all have.
@@ -117,32 +118,39 @@ def compare(runs: Sequence[Run], names: Sequence[str] | None = None, seed: int =
     names = _names(runs) if names is None else list(names)
     if len(names) != len(runs) or len(set(names)) != len(names):
         raise InputError(f"expected a name of its own for each of {len(runs)} runs, found {', '.join(names)}")
-    of_runs = [{(*score.key, score.metric): score for score in run.scores} for run in runs]
-    shared = [key for key in of_runs[0] if all(key in scores for scores in of_runs)]
+    of_runs, shared = [_by_key(run) for run in runs], _shared(runs)
     if not shared:
-        raise InputError(f"{', '.join(names)}: no score that all of them have, so nothing to compare")
+        raise InputError(f"{', '.join(names)}: no score that all of them have, of the same data, so nothing to compare")
     compared = {
         key: _compare([scores[key] for scores in of_runs], np.random.default_rng([seed, number]))
         for number, key in enumerate(shared)
     }
     rows: list[Row] = []
     tasks: list[_Compared] = []
+    means: list[_Compared] = []
     types = by_task(of_runs[0][key] for key in shared)
     for kind, found in types.items():
         own = [_mean([compared[*score.key, score.metric] for score in scores]) for scores in found.values()]
         tasks += own
-        rows.append(_row(f"{kind}, {tasks_of(len(own))}", _mean(own), mean=True))
+        means.append(_mean(own))
+        rows.append(_row(f"{kind}, {tasks_of(len(own))}", means[-1], mean=True))
         rows += [_row(task, one) for task, one in zip(found, own)]
     if len(types) > 1:
         rows.append(_row(f"all, {tasks_of(len(tasks))}", _mean(tasks), mean=True))
+        rows.append(_row(f"all, mean of {len(types)} types", _mean(means), mean=True))
     notes = [f"Paired bootstrap intervals of {LEVEL:.0%}, by {RESAMPLES:,} resamples of each task's items."]
     bare = [row.name for row in rows if not row.mean and any(each.low is None for each in row.differences)]
     if bare:
         notes.append(
             f"Without an interval, because no items are known, only one is, or they differ: {', '.join(bare)}."
         )
-    for name, scores in zip(names, of_runs):
-        if alone := [score.label for key, score in scores.items() if key not in compared]:
+    others = [
+        [score for key, score in scores.items() if any(key not in each for each in of_runs)] for scores in of_runs
+    ]
+    if changed := [score.label for key, score in of_runs[0].items() if key not in compared and score not in others[0]]:
+        notes.append(f"Left out, because the runs have other data under the same name: {', '.join(changed)}.")
+    for name, scores in zip(names, others):
+        if alone := [score.label for score in scores]:
             notes.append(f"Left out, because not every run has them: {', '.join(alone)} of {name}.")
     return Comparison(tuple(names), tuple(rows), tuple(notes))
 
@@ -156,23 +164,44 @@ def write_comparison(
         InputError: as `compare`, or matplotlib is not installed.
     """
     comparison = compare(runs, names, seed)
+    shared = _shared(runs)
+    # Bars of the same tasks, as in the table.
+    both = [dataclasses.replace(run, scores=[_by_key(run)[key] for key in shared]) for run in runs]
     pictures = {
-        "scores_by_type": plots.png(plots.scores_by_type(dict(zip(comparison.names, runs)))),
+        "scores_by_type": plots.png(plots.scores_by_type(dict(zip(comparison.names, both)))),
         "differences": plots.png(plots.differences(comparison)),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     title = " against ".join(reversed(comparison.names)) if len(runs) == 2 else "Comparison"
-    texts = [f"# {markdown_text(title)}", comparison.markdown(), *(f"![{name}]({name}.png)" for name in pictures)]
+    captions = {
+        "scores_by_type": "Main metrics in percent: a bar is the mean of the tasks that all have, a dot a task.",
+        "differences": f"Points more than {comparison.names[0]}, with paired bootstrap intervals of {LEVEL:.0%}.",
+    }
+    shown = [f"![{name}]({name}.png)\n\n{markdown_text(caption)}" for name, caption in captions.items()]
+    texts = [f"# {markdown_text(title)}", comparison.markdown(), *shown]
     files: Mapping[str, bytes] = {
         **{f"{name}.png": content for name, content in pictures.items()},
         "comparison.md": "\n\n".join(texts).encode(),
-        "comparison.html": page(title, [comparison.table.html()], pictures, comparison.notes).encode(),
+        "comparison.html": page(
+            title, [comparison.table.html()], pictures, comparison.notes, captions=captions
+        ).encode(),
     }
     for name, content in files.items():
         with new_file(folder / name) as file:
             file.write(content)
     return comparison
+
+
+def _by_key(run: Run) -> dict[tuple[str, ...], TaskScore]:
+    return {(*score.key, score.metric): score for score in run.scores}
+
+
+def _shared(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The keys of the scores that all runs have, of the same data, in the order of the first."""
+    of_runs = [_by_key(run) for run in runs]
+    common = [key for key in of_runs[0] if all(key in scores for scores in of_runs)]
+    return [key for key in common if len({scores[key].data for scores in of_runs} - {None}) < 2]
 
 
 def _compare(scores: Sequence[TaskScore], rng: np.random.Generator) -> _Compared:
@@ -271,6 +300,10 @@ def _row(name: str, compared: _Compared, mean: bool = False) -> Row:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    models = [run.model for run in runs]
-    named = [m if models.count(m) == 1 else f"{m}@{run.revision[:8]}" for m, run in zip(models, runs)]
-    return [n if named.count(n) == 1 else f"{n} of {run.date}" for n, run in zip(named, runs)]
+    forms = (
+        [run.model for run in runs],
+        [f"{run.model}@{run.revision[:8]}" for run in runs],
+        [f"{run.model}@{run.revision}" for run in runs],  # one model, read in several ways
+        [f"{run.model}@{run.revision[:8]} of {run.date}" for run in runs],
+    )
+    return [next((name for name, form in zip(each, forms) if form.count(name) == 1), each[-1]) for each in zip(*forms)]

@@ -86,6 +86,8 @@ class DevSet:
     relevant: Sequence[Collection[int]]
     """Of each query the places of its documents, or their grades by place."""
     reading: Reading = AS_THE_FORMAT
+    own: Int[np.ndarray, " queries"] | None = None
+    """Where queries are documents themselves: the place of each, which is none of its results; −1: it is none."""
 
     @property
     def described(self) -> str:
@@ -104,7 +106,8 @@ class DevSet:
         place = {one: index for index, one in enumerate(ids)}
         relevant = [{place[one]: grade for one, grade in task.relevant[query].items()} for query in task.queries]
         documents = [task.corpus[one] for one in ids]
-        return cls(task.name, list(task.queries.values()), documents, ids, relevant, reading)
+        own = np.array([place.get(one, -1) for one in task.queries]) if task.ignore_identical_ids else None
+        return cls(task.name, list(task.queries.values()), documents, ids, relevant, reading, own)
 
     @classmethod
     def of(cls, examples: Examples, reading: Reading = AS_THE_FORMAT) -> "DevSet":
@@ -140,7 +143,7 @@ class DevSet:
         """
         queries = self.reading.queries(embedder, self.queries)
         documents = self.reading.documents(embedder, self.documents)
-        metrics = retrieval_metrics(queries, documents, self.relevant)
+        metrics = retrieval_metrics(queries, documents, self.relevant, own=self.own)
         pairs = [(query, document) for query, found in enumerate(self.relevant) for document in sorted(found)]
         metrics["loss"] = _loss(queries, documents, np.array(pairs), temperature, batch_size)
         return metrics
@@ -148,7 +151,7 @@ class DevSet:
     def bm25(self) -> dict[str, dict[str, float]]:
         """The same metrics of BM25, on plain words and on split identifiers."""
         return {
-            name: bm25_metrics(self.queries, self.documents, self.relevant, split_identifiers=split)
+            name: bm25_metrics(self.queries, self.documents, self.relevant, split, self.own)
             for name, split in (("BM25, plain words", False), ("BM25, split identifiers", True))
         }
 

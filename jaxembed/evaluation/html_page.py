@@ -10,7 +10,8 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 tr.strong { font-weight: 600; background: #f4f4f4; }
-img { max-width: 100%; display: block; margin: 1.5rem 0; }
+figure { margin: 1.5rem 0; }
+img { max-width: 100%; display: block; }
 """
 
 
@@ -20,16 +21,19 @@ def page(
     pictures: Mapping[str, bytes],
     notes: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
+    captions: Mapping[str, str] | None = None,
 ) -> str:
     """
     Args:
-        title, notes, facts: texts; they are escaped here.
+        title, notes, facts, captions: texts; they are escaped here.
         tables: HTML.
         pictures: PNG files, by what is said where they are not seen.
     """
-    facts = facts or {}
+    facts, captions = facts or {}, captions or {}
     images = [
-        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        + (f"<figcaption>{html.escape(captions[name])}</figcaption>" if name in captions else "")
+        + "</figure>"
         for name, content in pictures.items()
     ]
     return "\n".join(

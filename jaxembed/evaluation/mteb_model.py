@@ -36,9 +36,6 @@ class MTEBModel(AbsEncoder):
 
     Attributes:
         embedder: what embeds.
-        revision: the beginnings of the hash of the weights and of a hash of how texts are read (text format,
-            instructions, dtype, …), so that no cache of results takes one model for another.
-        mteb_model_meta: name, revision and what else mteb wants to know.
         progress: is called now and then with how many more texts are done, and how many tokens were computed.
     """
 
@@ -85,26 +82,38 @@ class MTEBModel(AbsEncoder):
             "truncate_dim": truncate_dim,
             "batch_size": batch_size,
         }
+        self._name = name or model_name(model)
+
+    @property
+    def revision(self) -> str:
+        """The beginnings of the hash of the weights and of a hash of how texts are read (tokenizer, text format,
+        instructions, dtype, …), so that no cache of results takes one model for another; of the present weights, where
+        the embedder was given others.
+        """
         reading = {
-            "text format": self.embedder.text_format.to_dict(),
+            "tokenizer and text format": self.embedder.tokenizer.fingerprint,
             "dtype": str(np.dtype(self.embedder.dtype)),
             "instructions": self.instructions,
-            "template": instruction_template,
+            "template": self.instruction_template,
             "symmetric": sorted(self.symmetric),
-            "normalize": normalize,
-            "width": truncate_dim,
+            "normalize": self._options["normalize_embeddings"],
+            "width": self._options["truncate_dim"],
         }
         read = hashlib.sha256(json.dumps(reading, sort_keys=True).encode()).hexdigest()
-        self.revision = f"{self.embedder.model_hash[:16]}-{read[:8]}"
-        self.mteb_model_meta = ModelMeta.create_empty(
+        return f"{self.embedder.model_hash[:16]}-{read[:8]}"
+
+    @property
+    def mteb_model_meta(self) -> ModelMeta:  # pyright: ignore[reportIncompatibleVariableOverride] (of mteb's protocol)
+        """Name, revision and what else mteb wants to know."""
+        return ModelMeta.create_empty(
             overwrites={
-                "name": name or model_name(model),
+                "name": self._name,
                 "revision": self.revision,
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "framework": ["JAX"],
-                "embed_dim": truncate_dim or self.embedder.dim,
+                "embed_dim": self._options["truncate_dim"] or self.embedder.dim,
                 "max_tokens": self.embedder.text_format.max_length,
-                "use_instructions": bool(instructions or instruction_template),
+                "use_instructions": bool(self.instructions or self.instruction_template),
             }
         )
 

@@ -30,6 +30,11 @@ PAIRS = 500  # of each sort
 _LARGEST = 1_000_000  # documents of a corpus in which single ones are looked for
 
 
+_PAIRED = "labelled 1, and those labelled 0"
+_JUDGED = "of a query with a relevant document, and with one drawn from the others"
+_TRANSLATED = "of a text with its translation, and with that of another"
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleTexts:
     """Of one task: labelled texts, or pairs, of which `positives` belong together and `negatives` do not."""
@@ -41,6 +46,8 @@ class SampleTexts:
     negatives: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     roles: bool = False
     """Whether a pair is a query and a document."""
+    pairs: str = ""
+    """What the positives are, and the negatives."""
 
 
 def sample_texts(task: AbsTask) -> SampleTexts | None:
@@ -72,7 +79,15 @@ def embed_samples(model: MTEBModel, samples: Sequence[SampleTexts], metadata: Ma
 
         positives, negatives = cosines(paired.positives), cosines(paired.negatives)
     labels = None if labelled is None else labelled.labels
-    return Samples(embeddings=embeddings, labels=labels, positives=positives, negatives=negatives)
+    return Samples(
+        embeddings=embeddings,
+        labels=labels,
+        labelled=None if labelled is None else labelled.task,
+        positives=positives,
+        negatives=negatives,
+        paired=None if paired is None else paired.task,
+        pairs="" if paired is None else paired.pairs,
+    )
 
 
 def _labelled(task: Any, data: Any, draw: random.Random) -> SampleTexts | None:
@@ -108,11 +123,12 @@ def _judged(task: AbsTaskRetrieval, data: Any, draw: random.Random) -> SampleTex
         grades = relevant.get(query["id"], {})
         right = [document for document, grade in grades.items() if grade > 0 and document in place]
         candidates = ids if data["top_ranked"] is None else data["top_ranked"].get(query["id"], [])
-        wrong = [document for document in draw.sample(candidates, min(10, len(candidates))) if document not in right]
+        none = {*right, query["id"]} if task.ignore_identical_ids else {*right}
+        wrong = [document for document in draw.sample(candidates, min(10, len(candidates))) if document not in none]
         if right and wrong:
             positives.append((query["text"], text(draw.choice(right))))
             negatives.append((query["text"], text(wrong[0])))
-    return SampleTexts(task.metadata.name, positives=positives, negatives=negatives, roles=True)
+    return SampleTexts(task.metadata.name, positives=positives, negatives=negatives, roles=True, pairs=_JUDGED)
 
 
 def _pairs(task: AbsTaskPairClassification, data: Any, draw: random.Random) -> SampleTexts:
@@ -122,7 +138,7 @@ def _pairs(task: AbsTaskPairClassification, data: Any, draw: random.Random) -> S
     for first, second, label in zip(*(rows[column] for column in columns)):
         sides[bool(label)].append((first, second))
     positives, negatives = (draw.sample(pairs, min(PAIRS, len(pairs))) for pairs in sides.values())
-    return SampleTexts(task.metadata.name, positives=positives, negatives=negatives)
+    return SampleTexts(task.metadata.name, positives=positives, negatives=negatives, pairs=_PAIRED)
 
 
 def _translations(task: AbsTaskBitextMining, data: Any, draw: random.Random) -> SampleTexts | None:
@@ -131,7 +147,8 @@ def _translations(task: AbsTaskBitextMining, data: Any, draw: random.Random) -> 
     rows = draw.sample(range(len(data)), min(PAIRS, len(data)))
     firsts, seconds = data[rows]["sentence1"], data[rows]["sentence2"]
     negatives = list(zip(firsts, seconds[1:] + seconds[:1])) if len(rows) > 1 else []
-    return SampleTexts(task.metadata.name, positives=list(zip(firsts, seconds)), negatives=negatives)
+    positives = list(zip(firsts, seconds))
+    return SampleTexts(task.metadata.name, positives=positives, negatives=negatives, pairs=_TRANSLATED)
 
 
 _DRAWN: tuple[tuple[type[AbsTask], Callable[..., SampleTexts | None]], ...] = (

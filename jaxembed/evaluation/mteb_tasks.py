@@ -55,8 +55,10 @@ def to_mteb(task: LocalTask) -> AbsTask:
         case BitextTask():
             return _made(task, AbsTaskBitextMining, _data(test={"sentence1": task.first, "sentence2": task.second}))
         case ClassificationTask():
+            tested = set(task.test_labels)
             # As numbers: mteb's average precision of two classes takes no other labels.
-            names = sorted({*task.train_labels, *task.test_labels})
+            # Those of the test stand first: where they are two, mteb wants them as 0 and 1.
+            names = sorted({*task.train_labels, *task.test_labels}, key=lambda name: (name not in tested, name))
             data = _data(
                 Features({"text": Value("string"), "label": ClassLabel(names=names)}),
                 train={"text": task.train_texts, "label": task.train_labels},
@@ -89,8 +91,19 @@ def local_metadata(task: LocalTask) -> TaskMetadata:
 
 
 def _content_hash(task: LocalTask) -> str:
-    values = json.dumps([task.type, dataclasses.asdict(task)], sort_keys=True, default=str)
-    return hashlib.sha256(values.encode()).hexdigest()
+    return _hash([task.type, dataclasses.asdict(task)])
+
+
+def data_hash(task: LocalTask) -> str:
+    """Of the texts and what is known of them, whatever the task is called and with what instruction they are read."""
+    values = dataclasses.asdict(task)
+    return _hash(
+        [task.type, {key: values[key] for key in values.keys() - {"name", "language", "instruction", "notes"}}]
+    )
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Items:
@@ -234,7 +247,8 @@ def _made(task: LocalTask, base: type[AbsTask], data: Any, **attributes: Any) ->
 
 def _retrieval(task: RetrievalTask) -> AbsTask:
     if not task.groups:
-        return _made(task, AbsTaskRetrieval, _retrieval_data(task.queries, task.corpus, task.relevant, None))
+        data = _retrieval_data(task.queries, task.corpus, task.relevant, None)
+        return _made(task, AbsTaskRetrieval, data, ignore_identical_ids=task.ignore_identical_ids)
     queries = {query: task.queries[query] for group in task.groups for query in group}
     relevant = {query: task.relevant[query] for query in queries}
     candidates = {

@@ -40,7 +40,7 @@ def png(figure: "Figure") -> bytes:
 
 
 def scores_by_type(runs: Mapping[str, Run]) -> "Figure":
-    """A bar a type and run, the mean over its tasks, and a dot a task.
+    """A bar a type and run, the mean over its tasks, and a dot a task; how many tasks stands behind the type.
 
     Args:
         runs: by the name that the legend has; every run has a colour, also in `differences`.
@@ -49,7 +49,10 @@ def scores_by_type(runs: Mapping[str, Run]) -> "Figure":
         InputError: matplotlib is not installed.
     """
     figure, axes = _figure(8, 4)
-    types = list(dict.fromkeys(kind for run in runs.values() for kind in by_task(run.scores)))
+    types: dict[str, int] = {}
+    for run in runs.values():
+        for kind, found in by_task(run.scores).items():
+            types[kind] = max(len(found), types.get(kind, 0))
     width = 0.8 / len(runs)
     bars = []
     for number, run in enumerate(runs.values()):
@@ -61,12 +64,14 @@ def scores_by_type(runs: Mapping[str, Run]) -> "Figure":
             values = [100 * task_value(scores) for scores in found.values()]
             spread = places[kind] + 0.25 * width * np.linspace(-1, 1, len(values)) * (len(values) > 1)
             axes.plot(spread, values, ".", color="0.2", markersize=4)
-    axes.set_xticks(range(len(types)), types, rotation=20, ha="right")
-    axes.set_ylabel("score (dots: tasks)")
+    axes.set_xticks(range(len(types)), [f"{kind} ({n})" for kind, n in types.items()], rotation=20, ha="right")
+    axes.set_ylabel("main metric, % (dots: tasks)")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     if len(runs) > 1:
         _legend(axes, bars, list(runs))
+    else:
+        _title(axes, next(iter(runs)))
     return figure
 
 
@@ -75,12 +80,14 @@ def embedding_map(
     labels: Sequence[str] | None = None,
     *,
     method: Literal["t-SNE", "PCA"] = "t-SNE",
+    task: str | None = None,
 ) -> "Figure":
     """The texts as points in a plane, coloured by the most frequent labels.
 
     Args:
         method: of scikit-learn, on the unit vectors. t-SNE keeps neighbours together, distances across the map mean
             little; PCA is linear. Fewer texts than ten are always placed by PCA.
+        task: for the title.
 
     Raises:
         InputError: fewer than three texts, numbers that are not finite, labels of another number of texts, or
@@ -107,14 +114,19 @@ def embedding_map(
         _legend(axes, [*handles, rest][: len(named) + len(some)], [*named, *some], beside=True)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(f"{len(points):,} texts, by {method}")
+    _title(axes, task, f"{len(points):,} texts, by {method}")
     return figure
 
 
-def similarity_histogram(positives: Float[np.ndarray, " some"], negatives: Float[np.ndarray, " others"]) -> "Figure":
+def similarity_histogram(
+    positives: Float[np.ndarray, " some"], negatives: Float[np.ndarray, " others"], task: str | None = None
+) -> "Figure":
     """How the cosines of pairs that belong together lie beside those of others, and how well they are told apart.
 
     AUC is the chance that a positive pair has the larger cosine.
+
+    Args:
+        task: for the title.
 
     Raises:
         InputError: a side is empty or not finite, or matplotlib or scikit-learn is not installed.
@@ -135,7 +147,7 @@ def similarity_histogram(positives: Float[np.ndarray, " some"], negatives: Float
         axes.axvline(cosines.mean(), color=f"C{number}", linestyle="--")
     axes.set_xlabel("cosine")
     axes.set_ylabel("% of pairs")
-    axes.set_title(f"AUC {auc:.3f}")
+    _title(axes, task, f"AUC {auc:.3f}")
     axes.legend()
     return figure
 
@@ -163,7 +175,7 @@ def differences(comparison: "Comparison") -> "Figure":
         text.set_parse_math(False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("difference in points")
+    axes.set_xlabel("difference in points, with intervals of 95 %")
     _legend(axes, handles, [f"{name} − {first}" for name in others])
     return figure
 
@@ -199,6 +211,12 @@ def _sklearn(module: str) -> Any:
         return importlib.import_module(f"sklearn.{module}")
     except ImportError:
         raise InputError("plots need scikit-learn: pip install 'jaxembed[eval]'") from None
+
+
+def _title(axes: "Axes", name: str | None, rest: str = "") -> None:
+    """The name as it is, not as a formula."""
+    short = name if name is None or len(name) <= 60 else f"{name[:59]}…"
+    axes.set_title(": ".join(part for part in (short, rest) if part)).set_parse_math(False)
 
 
 def _legend(axes: "Axes", handles: Sequence[Any], names: Sequence[str], *, beside: bool = False) -> None:

@@ -7,7 +7,7 @@ report.html               all of that in one file
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +34,19 @@ class Samples:
     Attributes:
         embeddings: of some texts, for the map; a few thousand at most, for it takes long.
         labels: of these texts, for its colours.
+        labelled: the task that they are of.
         positives, negatives: cosines of pairs that belong together, and of others.
+        paired: the task that these are of.
+        pairs: what the positives are, and the negatives.
     """
 
     embeddings: Float[np.ndarray, "texts dim"] | None = None
     labels: Sequence[str] | None = None
+    labelled: str | None = None
     positives: Float[np.ndarray, " some"] | None = None
     negatives: Float[np.ndarray, " others"] | None = None
+    paired: str | None = None
+    pairs: str = ""
 
 
 def write_report(run: Run, folder: str | os.PathLike[str], *, samples: Samples | None = None) -> None:
@@ -54,11 +60,13 @@ def write_report(run: Run, folder: str | os.PathLike[str], *, samples: Samples |
     folder = Path(folder)
     run.save(folder)
     pictures = _pictures(run, samples or Samples())
+    captions = _captions(samples or Samples())
     files = {f"{name}.png": content for name, content in pictures.items()}
     table = scores_table(run)
     notes = [*run.notes, *_remarks(run, table)]
-    files[REPORT_FILE] = _markdown(run, table, notes, list(pictures)).encode()
-    files[PAGE_FILE] = page(run.model, [table.html()], pictures, notes, _facts(run)).encode()
+    said = {name: captions[name] for name in pictures}
+    files[REPORT_FILE] = _markdown(run, table, notes, said).encode()
+    files[PAGE_FILE] = page(run.model, [table.html()], pictures, notes, _facts(run), said).encode()
     for name in _PICTURES:
         (folder / f"{name}.png").unlink(missing_ok=True)
     for name, content in files.items():
@@ -74,7 +82,9 @@ def scores_table(run: Run) -> Table:
     types = by_task(run.scores)
     for kind, tasks in types.items():
         strong.add(len(rows))
-        rows.append((f"{kind}, {tasks_of(len(tasks))}", "", means.types[kind], paper.of_type(kind, tasks)))
+        metrics = list(dict.fromkeys(_metric(scores) for scores in tasks.values()))
+        mixed = ", ".join(metrics) if len(metrics) > 1 else ""  # a mean over different metrics says so
+        rows.append((f"{kind}, {tasks_of(len(tasks))}", mixed, means.types[kind], paper.of_type(kind, tasks)))
         for task, scores in tasks.items():
             rows.append((task, _metric(scores), task_value(scores), paper.of_task(scores)))
             if len(scores) > 1:
@@ -129,16 +139,34 @@ def _facts(run: Run) -> dict[str, str]:
         "device": run.device,
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "seconds": f"{sum(score.seconds for score in run.scores):,.0f}",
+        "scores": "main metrics, in percent",
     }
 
 
-def _markdown(run: Run, table: Table, notes: Sequence[str], pictures: Sequence[str]) -> str:
+def _captions(samples: Samples) -> dict[str, str]:
+    """What is seen on each picture."""
+    texts = "" if samples.embeddings is None else f"{len(samples.embeddings):,} texts"
+    sides = [0 if side is None else len(side) for side in (samples.positives, samples.negatives)]
+    pairs = f": pairs {samples.pairs}" if samples.pairs else ""
+    return {
+        "scores_by_type": "Main metrics in percent: a bar is the mean of a type's tasks, a dot a task.",
+        "embedding_map": f"{_of(samples.labelled)}{texts} drawn at random, coloured by their label.",
+        "similarity_histogram": f"{_of(samples.paired)}cosines of {sides[0]:,} positive and {sides[1]:,} negative "
+        f"pairs{pairs}.",
+    }
+
+
+def _of(task: str | None) -> str:
+    return "" if task is None else f"{task}: "
+
+
+def _markdown(run: Run, table: Table, notes: Sequence[str], pictures: Mapping[str, str]) -> str:
     parts = [
         f"# {markdown_text(run.model)}",
         "\n".join(f"- {name}: {markdown_text(value)}" for name, value in _facts(run).items()),
         table.markdown(),
         "\n".join(f"- {markdown_text(note)}" for note in notes),
-        *(f"![{name}]({name}.png)" for name in pictures),
+        *(f"![{name}]({name}.png)\n\n{markdown_text(caption)}" for name, caption in pictures.items()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -147,8 +175,8 @@ def _pictures(run: Run, samples: Samples) -> dict[str, bytes]:
     scores = plots.scores_by_type({run.model: run}) if run.scores else None
     texts = pairs = None
     if samples.embeddings is not None:
-        texts = plots.embedding_map(samples.embeddings, samples.labels)
+        texts = plots.embedding_map(samples.embeddings, samples.labels, task=samples.labelled)
     if samples.positives is not None and samples.negatives is not None:
-        pairs = plots.similarity_histogram(samples.positives, samples.negatives)
+        pairs = plots.similarity_histogram(samples.positives, samples.negatives, samples.paired)
     figures = zip(_PICTURES, (scores, texts, pairs))
     return {name: plots.png(figure) for name, figure in figures if figure is not None}

@@ -22,13 +22,19 @@ def retrieval_metrics(
     document_embeddings: Float[np.ndarray, "documents dim"],
     relevant: Relevant,
     block: int = 1024,
+    own: Int[np.ndarray, " queries"] | None = None,
 ) -> dict[str, float]:
     """Metrics of `metrics_from_ranks` when documents are ranked by their dot product with each query.
+
+    Args:
+      own: the document that each query is itself, which is left out of its ranks; −1: none.
 
     Raises:
       InputError: an embedding is not finite, or a query has no relevant document or one that does not exist.
     """
-    ranks = top_documents(query_embeddings, document_embeddings, DEPTH, block)
+    ranks = top_documents(query_embeddings, document_embeddings, DEPTH + 1, block)
+    if own is not None:
+        ranks = without_own(ranks, own)
     return metrics_from_ranks(ranks, relevant, len(document_embeddings))
 
 
@@ -70,6 +76,20 @@ def metrics_from_ranks(
     for k in (1, 10, 100):
         metrics[f"recall@{k}"] = hits[:, :k].sum(axis=1) / counts
     return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def without_own(
+    ranks: Int[np.ndarray, "queries depth"], own: Int[np.ndarray, " queries"]
+) -> Int[np.ndarray, "queries depth"]:
+    """The ranks without the document that each query is itself (−1: none); what stood behind it moves up.
+
+    >>> without_own(np.array([[4, 2, 7], [1, 3, 5]]), np.array([2, -1]))
+    array([[ 4,  7, -1],
+           [ 1,  3,  5]])
+    """
+    found = (ranks == own[:, None]) & (ranks >= 0)
+    order = np.argsort(found, axis=1, kind="stable")
+    return np.take_along_axis(np.where(found, -1, ranks), order, 1)
 
 
 def chunked_mrr(

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import random
@@ -31,6 +32,8 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.types import PromptType
 from pydantic import TypeAdapter, ValidationError
+from scipy.stats import ConstantInputWarning
+from sklearn.exceptions import ConvergenceWarning, UndefinedMetricWarning
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -40,7 +43,7 @@ from jaxembed.errors import InputError
 from jaxembed.evaluation.items import whole
 from jaxembed.evaluation.mteb_model import MTEBModel
 from jaxembed.evaluation.mteb_samples import SampleTexts, embed_samples, sample_texts
-from jaxembed.evaluation.mteb_tasks import Items, local_metadata, to_mteb
+from jaxembed.evaluation.mteb_tasks import Items, data_hash, local_metadata, to_mteb
 from jaxembed.evaluation.report import write_report
 from jaxembed.evaluation.scores import Run, TaskScore
 from jaxembed.evaluation.tasks import LocalTask
@@ -51,7 +54,7 @@ FINISHED = "tasks"
 """The folder, in that of a run, of the tasks that are done."""
 
 _PACKAGES = ("jaxembed", "mteb", "jax", "flax", "numpy", "scikit-learn", "torch")
-_FORMAT = 1  # of the files of tasks that are done
+_FORMAT = 2  # of the files of tasks that are done
 _ROUNDED = 2e-5  # mteb rounds to five digits
 
 
@@ -71,11 +74,12 @@ def evaluate(
         progress: whether a bar is shown.
 
     Returns:
-        The scores. Tasks whose data could not be loaded are left out, and named in its notes.
+        The scores. Tasks whose data could not be loaded, or that mteb cannot score, are left out, and named in its
+        notes.
 
     Raises:
-        InputError: no tasks, or none that could be loaded; two of one name; one that is not of texts; an instruction
-            that belongs to none of them; a folder that cannot be written.
+        InputError: no tasks, or none that could be scored; embeddings that are not finite; two tasks of one name; one
+            that is not of texts; an instruction that belongs to none of them; a folder that cannot be written.
     """
     metadata = check_tasks(tasks := list(tasks))
     ours = model if isinstance(model, MTEBModel) else None
@@ -103,17 +107,22 @@ def evaluate(
             if found is None:
                 try:
                     loaded = _loaded(task)
-                except _NoData as error:
-                    notes.append(f"{name}: left out, its data cannot be loaded: {error}")
-                    logger.warning("%s", notes[-1])
+                    found = Done(_scores(model, loaded, _data_of(task, metadata[name])), sample_texts(loaded))
+                except InputError:  # of the model, so the next task would not do better
+                    raise
+                except Exception as error:  # of one task: those after it are scored all the same
+                    what = "its data cannot be loaded" if isinstance(error, _NoData) else "it cannot be scored"
+                    notes.append(f"{name}: left out, {what}: {_in_a_line(error)}")
+                    logger.warning("%s", notes[-1], exc_info=None if isinstance(error, _NoData) else error)
                     bar.update()
                     continue
-                found = Done(_scores(model, loaded), sample_texts(loaded))
                 if kept is not None:
                     kept.save(task, metadata[name], found)
             done.append(found)
             for score in found.scores:
                 logger.info("%s: %s %.2f", score.label, score.metric, 100 * score.value)
+                if math.isnan(score.value):
+                    notes.append(f"{score.label}: no {score.metric}, as where all embeddings are equal")
             bar.update()
     if not done:
         raise InputError("nothing could be evaluated\n" + "\n".join(notes))
@@ -220,15 +229,27 @@ def _loaded(task: LocalTask | AbsTask) -> AbsTask:
         try:
             made.load_data()
         except Exception as error:  # of the network, of the hub, of a data set's own code
-            raise _NoData(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+            raise _NoData(_in_a_line(error)) from error
     return made
 
 
-def _scores(model: Any, task: AbsTask) -> list[TaskScore]:
+def _in_a_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _data_of(task: LocalTask | AbsTask, metadata: TaskMetadata) -> str | None:
+    """What tells the texts of a task from others of the same name."""
+    return metadata.dataset.get("revision") if isinstance(task, AbsTask) else data_hash(task)
+
+
+def _scores(model: Any, task: AbsTask, data: str | None) -> list[TaskScore]:
     items = Items(task)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The task .* is superseded")
         warnings.filterwarnings("ignore", "To copy construct from a tensor")  # mteb, of tensors of its own
+        # The protocol ends early; labels that are never predicted; equal cosines, which a note is about.
+        for category in (ConvergenceWarning, UndefinedMetricWarning, ConstantInputWarning):
+            warnings.simplefilter("ignore", category)
         results = mteb.evaluate(
             model,
             task,
@@ -241,11 +262,14 @@ def _scores(model: Any, task: AbsTask) -> list[TaskScore]:
     result = results.task_results[0]
     found = [(split, values) for split, subsets in result.scores.items() for values in subsets]
     return [
-        _score(task, split, values, items, float(result.evaluation_time or 0) / len(found)) for split, values in found
+        _score(task, split, values, items, float(result.evaluation_time or 0) / len(found), data)
+        for split, values in found
     ]
 
 
-def _score(task: AbsTask, split: str, values: Mapping[str, Any], items: Items, seconds: float) -> TaskScore:
+def _score(
+    task: AbsTask, split: str, values: Mapping[str, Any], items: Items, seconds: float, data: str | None
+) -> TaskScore:
     subset, value = values["hf_subset"], float(values["main_score"])
     of_each = items.found.get((subset, split))
     if of_each is None and task.metadata.main_score == "v_measure" and isinstance(values.get("v_measures"), list):
@@ -267,6 +291,7 @@ def _score(task: AbsTask, split: str, values: Mapping[str, Any], items: Items, s
         },
         seconds=seconds,
         items=of_each,
+        data=data,
     )
 
 

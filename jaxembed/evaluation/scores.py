@@ -41,6 +41,7 @@ class TaskScore:
         metrics: all that are numbers, under mteb's names.
         items: what a paired bootstrap needs, in an order that depends on the task alone and in one of the forms of
             `jaxembed.evaluation.items`; None: only the number is known.
+        data: what texts it is of: the revision of a data set on the hub, or a hash of a local task's; None: not known.
     """
 
     __pydantic_config__ = _FIELDS
@@ -54,6 +55,7 @@ class TaskScore:
     metrics: dict[str, float]
     seconds: float
     items: dict[str, list[float]] | None = None
+    data: str | None = None
 
     def __post_init__(self) -> None:
         if self.value > 1 + 1e-9:

@@ -1,7 +1,7 @@
 """The files of local tasks: their rows, texts by id and judgements, and what is wrong with them said or counted."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +26,7 @@ EMPTY_QUERY = "empty queries, left out"
 EMPTY_DOCUMENT = "documents with an empty text, kept"
 EMPTY_TEXT = "rows with an empty text, left out"
 NOT_RELEVANT = "judged queries without a relevant document, left out"
+OWN_DOCUMENT = "queries that are documents too, by id and text, each left out of its own results"
 
 _REMEDY = "Mend the row, or have such rows left out and counted with bad_rows: skip"
 
@@ -167,6 +168,21 @@ class TaskFiles:
             raise InputError(f"{path}: no query with a relevant document (task {self.name!r}){noted}")
         return kept
 
+    def are_documents(
+        self, queries: Mapping[str, str], corpus: Mapping[str, str], relevant: Mapping[str, Mapping[str, int]]
+    ) -> bool:
+        """Whether queries stand in the corpus themselves, as those of ArguAna and Quora; counts them.
+
+        Equal ids alone do not say so, for both may be numbered from 1: the texts of most have to be equal too, but for
+        a title, and no query may be judged to answer itself.
+        """
+        shared = [query for query in queries if query in corpus]
+        same = [" ".join(corpus[query].split()).endswith(" ".join(queries[query].split())) for query in shared]
+        if 2 * sum(same) <= len(shared) or any(query in relevant[query] for query in shared):
+            return False
+        self.counts[OWN_DOCUMENT] += len(shared)
+        return True
+
     def none_empty(self, *texts: str) -> bool:
         """Whether none of a row's texts is empty; counts the row, where one is."""
         if all(text.strip() for text in texts):
@@ -204,11 +220,18 @@ def find_one(folder: epath.Path, what: str, names: Sequence[str]) -> epath.Path 
     return several[0] if several else None
 
 
+def label_text(value: object, what: str) -> str:
+    """A label as text; whole numbers are those of a file that has them as 1.0, true is "true" as in JSON."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return id_text(int(value) if isinstance(value, float) and value.is_integer() else value, what)
+
+
 def checked_labels(value: object, what: str) -> list[int]:
-    """Whole numbers from 0 on; true is 1."""
+    """Whole numbers from 0 on, 1.0 among them; true is 1."""
     if not isinstance(value, list):
         raise InputError(f"{what}: expected a list of labels, found {type_name(value)}")
     for place, one in enumerate(value):
-        if not isinstance(one, int) or one < 0:
+        if not isinstance(one, int | float) or one < 0 or one % 1 != 0:
             raise InputError(f"{what}[{place}]: expected a whole number from 0 on, found {one!r:.40}")
     return [int(one) for one in value]

@@ -18,7 +18,7 @@ from etils import epath
 
 from jaxembed.config import RowFormat, TaskKind
 from jaxembed.data.beir import qrels_names, query_names
-from jaxembed.data.formats import Group, Inference, Reader, id_text, number, recognise
+from jaxembed.data.formats import Group, Inference, Reader, number, recognise
 from jaxembed.data.rows import Row, checked_text, text_at, value_at
 from jaxembed.data.text_store import CORPUS_FILES, find_file
 from jaxembed.errors import InputError
@@ -31,6 +31,7 @@ from jaxembed.evaluation.task_files import (
     find_any,
     find_one,
     find_qrels,
+    label_text,
 )
 from jaxembed.evaluation.tasks import (
     BitextTask,
@@ -66,6 +67,8 @@ _TAKEN = {
 """The options that say something of each, besides those that all take."""
 
 _ARGUMENT = re.compile(r"(?:(?P<kind>\w+):(?!//))?(?P<path>.+)", re.DOTALL)
+
+_LANGUAGE = re.compile(r"[a-z]{3}-[A-Z][a-z]{3}")  # ISO 639-3 and 15924
 
 
 def parse_task(argument: str) -> LocalTask:
@@ -153,6 +156,8 @@ def read_task(
         raise InputError(f"task {name!r}: no format {format!r}; there are {', '.join(get_args(RowFormat))}")
     if only is not None and "=" not in only:
         raise InputError(f"task {name!r}: only: expected COLUMN=VALUE, found {only!r}")
+    if not _LANGUAGE.fullmatch(language):
+        raise InputError(f"task {name!r}: language: expected mteb's code, such as eng-Latn, found {language!r}")
     column, _, wanted = (only or "").partition("=")
     files = TaskFiles(name, "skip" if bad_rows == "skip" else "error", (column, wanted) if only else None)
     options = {"train": train, "split": split, "corpus": corpus, "queries": queries, "qrels": qrels, "only": only}
@@ -324,7 +329,10 @@ def _judged(
     judged = files.named_in_queries(queries_file) if qrels_file is None else files.judged(qrels_file)
     relevant = files.relevant(qrels_file or queries_file, judged, queries, corpus)
     asked = {query: queries[query] for query in queries if query in relevant}
-    return RetrievalTask(files.name, asked, corpus, relevant, notes=files.notes, **common)
+    themselves = files.are_documents(asked, corpus, relevant)
+    return RetrievalTask(
+        files.name, asked, corpus, relevant, ignore_identical_ids=themselves, notes=files.notes, **common
+    )
 
 
 # Labelled texts.
@@ -343,7 +351,7 @@ class _Labelled:
         text_key, label_key = self.text or "text", self.label or "label"
         for line, row in self.files.rows(path):
             try:
-                text, label = text_at(row, text_key), id_text(value_at(row, label_key), f"column {label_key!r}")
+                text, label = text_at(row, text_key), label_text(value_at(row, label_key), f"column {label_key!r}")
             except InputError as error:
                 self.files.bad(path, line, error)
                 continue
@@ -374,6 +382,10 @@ def _classification(
         raise InputError(f"{train}: expected two labels at least, found {', '.join(map(repr, known))}")
     files.counts["texts to be tested on whose label no text to learn from has, kept"] += sum(
         label not in known for label in test_labels
+    )
+    learned = set(train_texts)
+    files.counts["texts to be tested on that are among those to learn from, kept"] += sum(
+        text in learned for text in test_texts
     )
     return ClassificationTask(
         files.name, train_texts, train_labels, test_texts, test_labels, notes=files.notes, **common

@@ -40,6 +40,7 @@ class RetrievalTask(_Task):
         metric: the main metric.
         groups: for code search among 1 + 999: the ids of the queries of each chunk. A query's id is that of its one
             document too, and only the documents of its chunk are searched.
+        ignore_identical_ids: queries are documents too, and the document with a query's id is none of its results.
     """
 
     type: ClassVar[str] = "Retrieval"
@@ -49,6 +50,7 @@ class RetrievalTask(_Task):
     relevant: dict[str, dict[str, int]]
     metric: str = "ndcg_at_10"
     groups: tuple[tuple[str, ...], ...] = ()
+    ignore_identical_ids: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import scipy.stats
 from sklearn.metrics import average_precision_score, f1_score, ndcg_score, v_measure_score
 
 from jaxembed.errors import InputError
+from jaxembed.evaluation import plots
 from jaxembed.evaluation.comparison import Comparison, Row, compare, write_comparison
 from jaxembed.evaluation.items import resampler, whole
 from jaxembed.evaluation.scores import Run, TaskScore
@@ -296,11 +297,60 @@ def test_where_only_numbers_are_known(retrieval: tuple[np.ndarray, np.ndarray]) 
         "Retrieval, mean of 3 tasks",
         "STS, 1 task",
         "all, mean of 5 tasks",
+        "all, mean of 3 types",
     ]
     text = found.markdown()
     assert "| Groups | 50.00 | 75.00 | 25.00 | +25.00 | -25.00 |" in text
     assert "no items are known, only one is, or they differ: Groups, Ranks, Fewer, One, Other grades" in text
     assert "not every run has them: Alone of a" in text
+
+
+def test_averages_as_mteb_makes_them() -> None:
+    """Of tasks, and of types; a task is the mean of its subsets."""
+    of = [("A", "STS", 0.2, "en"), ("A", "STS", 0.4, "de"), ("B", "STS", 0.7, "x"), ("C", "Retrieval", 0.9, "x")]
+    found = compare(
+        [run(name, *(score(t, k, v + more, s) for t, k, v, s in of)) for name, more in (("a", 0), ("b", 0.1))]
+    )
+    assert row(found, "STS, mean of 2 tasks").values[0] == pytest.approx((0.3 + 0.7) / 2)
+    assert row(found, "all, mean of 3 tasks").values[0] == pytest.approx((0.3 + 0.7 + 0.9) / 3)
+    assert row(found, "all, mean of 2 types").values == pytest.approx((0.7, 0.8))
+
+
+def test_other_data_under_the_same_name(tmp_path: Path) -> None:
+    """Are not compared, nor drawn; where a run does not say of what data it is, the name has to do."""
+    values: dict[str, Any] = {"value": [0.25, 0.75]}
+    first = run(
+        "a",
+        dataclasses.replace(score("Changed", "Retrieval", 0.5, **values), data="1"),
+        dataclasses.replace(score("Same", "Retrieval", 0.5, **values), data="3"),
+        dataclasses.replace(score("Old", "Retrieval", 0.5, **values), data="4"),
+        score("Alone", "STS", 0.5),
+    )
+    other = run(
+        "b",
+        dataclasses.replace(score("Changed", "Retrieval", 0.5, **values), data="2"),
+        dataclasses.replace(score("Same", "Retrieval", 0.5, **values), data="3"),
+        score("Old", "Retrieval", 0.5, **values),
+    )
+    found = compare([first, other])
+    assert [each.name for each in found.rows] == ["Retrieval, mean of 2 tasks", "Same", "Old"]
+    assert found.notes[1:] == (
+        "Left out, because the runs have other data under the same name: Changed.",
+        "Left out, because not every run has them: Alone of a.",
+    )
+    drawn: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = plots.scores_by_type
+
+        def listen(runs: dict[str, Run]) -> Any:
+            drawn.extend([each.task for each in each_run.scores] for each_run in runs.values())
+            return draw(runs)
+
+        patch.setattr(plots, "scores_by_type", listen)
+        write_comparison([first, other], tmp_path)
+    assert drawn == [["Same", "Old"]] * 2
+    with pytest.raises(InputError, match="a, b: no score that all of them have, of the same data"):
+        compare([run("a", first.scores[0]), run("b", other.scores[0])])
 
 
 def test_names() -> None:

@@ -1,5 +1,6 @@
 """Local tasks as dev sets: their metrics are mteb's, computed without it."""
 
+import dataclasses
 import json
 import os
 import zlib
@@ -202,3 +203,37 @@ def test_documents_of_a_task_are_known_by_their_ids() -> None:
     assert isinstance(dev, DevSet)
     assert dict(zip(dev.ids, dev.documents)) == {"d1": "b", "d2": "c"}
     assert dev.described == "1 queries, 2 documents"
+
+
+def test_queries_that_are_documents_as_mteb_has_them(tmp_path: Path) -> None:
+    """As of ArguAna: the nearest document of each is itself, and is none of its results."""
+    texts = [{"_id": f"x{n}", "text": f"{n % 20} claim {n}"} for n in range(130)]
+    jsonl(tmp_path / "corpus.jsonl", texts)
+    jsonl(tmp_path / "queries.jsonl", [*texts[:40], {"_id": "no document", "text": "3 asked"}])
+    qrels = [{"query-id": f"x{n}", "corpus-id": f"x{n + 20}", "score": 1} for n in range(40)]
+    jsonl(tmp_path / "qrels" / "test.jsonl", [*qrels, {"query-id": "no document", "corpus-id": "x3", "score": 1}])
+    task = read_task(tmp_path)
+    found, expected = evaluate(task, by_first_word), mteb_scores(task, by_first_word)
+    for ours, theirs in {"mrr@10": "mrr_at_10", "ndcg@10": "ndcg_cut_10", "recall@100": "recall_100"}.items():
+        assert found[ours] == pytest.approx(expected[theirs], abs=1e-6), ours
+    kept = evaluate(dataclasses.replace(task, ignore_identical_ids=False), by_first_word)
+    assert kept["mrr@10"] < found["mrr@10"]
+    assert kept["recall@1"] == 0 < found["recall@1"]
+
+    dev = dev_task(task)
+    assert isinstance(dev, DevSet)
+    words = {one["_id"]: set(one["text"].split()) for one in texts}
+    best = dev.bm25()["BM25, plain words"]
+    # A query shares two words with five others, which score as each other, and three with itself.
+    assert best["recall@10"] > 0.9
+    assert all(len(words["x0"] & words[f"x{n}"]) == 2 for n in (20, 40, 60))
+
+
+def test_a_test_set_with_two_of_more_labels(tmp_path: Path) -> None:
+    """mteb has their average precision, for which they have to be 0 and 1."""
+    rows = [{"text": f"{'abcd'[n % 4]} {n}", "label": "abcd"[n % 4]} for n in range(80)]
+    jsonl(tmp_path / "train.jsonl", rows)
+    jsonl(tmp_path / "test.jsonl", [row for row in rows if row["label"] in "bd"])
+    task = read_task(tmp_path)
+    found, expected = evaluate(task, by_first_word), mteb_scores(task, by_first_word)
+    assert found == {name: pytest.approx(expected[name], abs=1e-6) for name in found}

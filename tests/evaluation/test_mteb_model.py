@@ -144,6 +144,7 @@ def test_name_and_revision(base: Embedder, tmp_path: Path) -> None:
     other = embedder(base)
     other.replace_state(jax.tree.map(lambda array: array + 1, nnx.state(base.model)))
     shorter = dataclasses.replace(DEFAULT_TEXT_FORMAT, max_length=20)
+    other_tokens = train_byte_level_bpe(["other words and more of them"], SHAPE.vocab_size)
     models = [
         MTEBModel(embedder(base)),
         MTEBModel(other),
@@ -151,11 +152,16 @@ def test_name_and_revision(base: Embedder, tmp_path: Path) -> None:
         MTEBModel(embedder(base), instructions={"query": "q "}),
         MTEBModel(embedder(base), normalize=False),
         MTEBModel(embedder(base), symmetric=["STS"]),
+        MTEBModel(Embedder(base.decoder, TextTokenizer(other_tokens, DEFAULT_TEXT_FORMAT))),
     ]
     revisions = [model.mteb_model_meta.revision for model in models]
     assert len(set(revisions)) == len(models)
     assert revisions[0] == MTEBModel(embedder(base)).revision
     assert {revision.startswith(base.model_hash[:16]) for revision in revisions if revision != revisions[1]} == {True}
+
+    trained = models[0]  # the same object, after its embedder was given other weights
+    trained.embedder.replace_state(jax.tree.map(lambda array: array + 1, nnx.state(base.model)))
+    assert trained.revision == trained.mteb_model_meta.revision == revisions[1]
 
     embedder(base).save_pretrained(tmp_path / "run" / "model", verify=False)
     saved = MTEBModel(tmp_path / "run" / "model")

@@ -22,7 +22,9 @@ from jaxembed.errors import InputError
 from jaxembed.evaluation import MTEBModel, benchmark_tasks, evaluate, named_tasks, to_mteb
 from jaxembed.evaluation.comparison import compare
 from jaxembed.evaluation.items import whole
+from jaxembed.evaluation.mteb_samples import sample_texts
 from jaxembed.evaluation.scores import Run
+from jaxembed.evaluation.tasks import RetrievalTask
 
 from local_tasks import CANDIDATES, CHUNK, COUNT, LOCAL_TASKS
 from runs import write_base
@@ -266,3 +268,55 @@ def test_the_paper_s_benchmark() -> None:
         "PairClassification": 3,
         "Summarization": 1,
     }
+
+
+def test_a_task_that_mteb_cannot_score(
+    model: MTEBModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those after it are scored, and it is tried again by the next call."""
+    broken = to_mteb(dataclasses.replace(TASKS["pairs"], name="broken"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("pos_label=1 is not a valid label\nat all")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(broken), "evaluate", fail)
+        found = evaluate(model, [broken, TASKS["sts"]], tmp_path, progress=False)
+    assert [score.task for score in found.scores] == ["sts"]
+    assert found.notes[0] == "broken: left out, it cannot be scored: pos_label=1 is not a valid label"
+    assert "Traceback" in caplog.text
+    again = evaluate(model, [broken, TASKS["sts"]], tmp_path, progress=False)
+    assert [score.task for score in again.scores] == ["broken", "sts"]
+
+
+def test_a_score_that_is_no_number(model: MTEBModel, tmp_path: Path) -> None:
+    task = dataclasses.replace(TASKS["sts"], first=["same"] * COUNT, second=["same"] * COUNT)
+    found = evaluate(model, [task], tmp_path, progress=False)
+    assert np.isnan(found.scores[0].value)
+    assert found.notes[0] == "sts: no cosine_spearman, as where all embeddings are equal"
+    assert "| sts | cosine_spearman | – |" in (tmp_path / "report.md").read_text()
+    assert evaluate(model, [task], tmp_path, progress=False).notes[0] == found.notes[0]  # of the file, this time
+
+
+def test_the_data_of_a_task_are_known_by_their_texts(model: MTEBModel) -> None:
+    """Not by its name, its instruction or its notes."""
+    task = TASKS["sts"]
+    others = [
+        dataclasses.replace(task, name="other", instruction="how alike: ", notes=("a note",)),
+        dataclasses.replace(task, name="changed", first=["new", *task.first[1:]]),
+    ]
+    one, other, changed = (score.data for score in evaluate(model, [task, *others], progress=False).scores)
+    assert one == other
+    assert len({one, changed, None}) == 3
+
+
+def test_samples_without_the_query_itself() -> None:
+    """No negative pair of a task whose queries are documents is a text and itself."""
+    texts = {f"x{n}": f"text {n}" for n in range(5)}
+    task = RetrievalTask(
+        "a", texts, texts, {f"x{n}": {f"x{(n + 1) % 5}": 1} for n in range(5)}, ignore_identical_ids=True
+    )
+    found = sample_texts(to_mteb(task))
+    assert found is not None
+    assert len(found.negatives) == 5
+    assert all(first != second for first, second in found.negatives)

@@ -1,6 +1,7 @@
 """The folder of a run: its table beside the paper's, its plots, and a page that needs nothing else."""
 
 import base64
+import dataclasses
 import re
 import sys
 from html.parser import HTMLParser
@@ -68,6 +69,34 @@ def test_the_published_models_beside_it(run: Run) -> None:
     assert found["PairClassification, mean of 3 tasks"] == ["", "76.67", "81.05†", "83.11†", "84.06†", "85.40†"]
     assert found["all, mean of 7 tasks"][1:] == [f"{100 * (0.6 + 0.3 + 0.3 + 0.9 + 0.6 + 0.8 + 0.5) / 7:.2f}", *"––––"]
     assert found["all, mean of 4 types"][1] == f"{100 * (0.45 + 0.3 + 2.3 / 3 + 0.5) / 4:.2f}"
+
+
+def test_a_mean_over_different_metrics_says_so(run: Run) -> None:
+    code = score("Code", "Retrieval", 0.9, "mrr")
+    mixed = dataclasses.replace(run, scores=[*run.scores, code])
+    assert cells(mixed)["Retrieval, mean of 3 tasks"][0] == "ndcg_at_10, mrr"
+
+
+def test_what_is_seen_is_said(tmp_path: Path, run: Run, samples: Samples) -> None:
+    """The tasks of the map and of the histogram, and how many texts and pairs there are."""
+    named = dataclasses.replace(samples, labelled=NASTY, paired="SciFact", pairs="of a query and a document")
+    write_report(run, tmp_path, samples=named)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags.count("figcaption") == 3
+    for said in (
+        f"{NASTY}: 60 texts drawn at random, coloured by their label.",
+        "SciFact: cosines of 50 positive and 80 negative pairs: pairs of a query and a document.",
+        "scores: main metrics, in percent",
+    ):
+        assert said in page.text
+    assert "\nSciFact: cosines of 50 positive" in (tmp_path / "report.md").read_text()
+    figure = plots.similarity_histogram(np.array([0.9]), np.array([0.1]), task="$a_b$")
+    assert figure.axes[0].get_title() == "$a_b$: AUC 1.000"
+    plots.png(figure)  # not as a formula
+    figure = plots.scores_by_type({run.model: run})
+    assert figure.axes[0].get_title() == "me/model"
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()][1] == "Clustering (1)"
+    assert "%" in figure.axes[0].get_ylabel()
 
 
 def test_no_columns_where_nothing_is_the_same(run: Run) -> None:

@@ -158,7 +158,10 @@ def test_labelled_texts_to_learn_from_and_to_be_tested_on(tmp_path: Path) -> Non
     assert isinstance(task, ClassificationTask)
     assert (task.train_texts, task.train_labels) == (["x", "y"], ["l", "m"])
     assert (task.test_texts, task.test_labels) == (["x", "y", "z"], ["l", "m", "n"])
-    assert task.notes == ("texts to be tested on whose label no text to learn from has, kept: 1",)
+    assert task.notes == (
+        "texts to be tested on that are among those to learn from, kept: 2",
+        "texts to be tested on whose label no text to learn from has, kept: 1",
+    )
     by_topic = read_task(train, train=train, label="topic")
     assert isinstance(by_topic, ClassificationTask)
     assert by_topic.test_labels == ["1", "2"]
@@ -322,3 +325,56 @@ def test_tasks_are_read_without_torch_and_mteb() -> None:
     code = "import sys, jaxembed.evaluation.task_reader, jaxembed.evaluation.classification\n"
     code += "assert not {'torch', 'mteb', 'sklearn'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def arguana(path: Path, queries: Rows, qrels: Sequence[tuple[str, str, Any]]) -> Path:
+    """A folder in which some queries are documents."""
+    beir(path, qrels, queries)
+    jsonl(path / "corpus.jsonl.gz", [{"_id": f"x{n}", "title": "T", "text": f"claim  {n}"} for n in range(4)])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("queries", "qrels", "themselves"),
+    [
+        ([("x0", "claim 0"), ("x1", "claim 1"), ("z", "claim 2")], [("x0", "x1"), ("x1", "x0"), ("z", "x2")], True),
+        # Ids that are numbers of two lists; a query that is judged to answer itself; most texts are others.
+        ([("x0", "other"), ("x1", "another")], [("x0", "x1"), ("x1", "x0")], False),
+        ([("x0", "claim 0"), ("x1", "claim 1")], [("x0", "x0"), ("x1", "x0")], False),
+        ([("x0", "claim 0"), ("x1", "another")], [("x0", "x1"), ("x1", "x0")], False),
+        ([("z", "claim 2")], [("z", "x2")], False),
+    ],
+)
+def test_queries_that_are_documents_too(
+    tmp_path: Path, queries: list[tuple[str, str]], qrels: list[tuple[str, str]], themselves: bool
+) -> None:
+    rows = [{"_id": one, "text": text} for one, text in queries]
+    task = read_task(arguana(tmp_path / "arguana", rows, [(*pair, 1) for pair in qrels]))
+    assert isinstance(task, RetrievalTask)
+    assert task.ignore_identical_ids is themselves
+    noted = "queries that are documents too, by id and text, each left out of its own results: 2"
+    assert task.notes == ((noted,) if themselves else ())
+
+
+@pytest.mark.parametrize(("label", "text"), [(True, "true"), (2.0, "2"), (7, "7"), ("a b", "a b")])
+def test_labels_as_files_have_them(tmp_path: Path, label: Any, text: str) -> None:
+    file = jsonl(tmp_path / "c.jsonl", [{"text": "a", "label": label}, {"text": "b", "label": "other"}])
+    task = read_task(file, "clustering")
+    assert isinstance(task, ClusteringTask)
+    assert task.labels == [text, "other"]
+    jsonl(file, [{"query": "q", "docs": ["a", "b"], "labels": [1.0, 0.0]}])
+    lists = read_task(file)
+    assert isinstance(lists, RerankingTask)
+    assert lists.labels == [[1, 0]]
+    jsonl(file, [{"text": "a", "label": 0.5}, {"text": "b", "label": "other"}])
+    with pytest.raises(InputError, match="column 'label': expected a string, found a number"):
+        read_task(file, "clustering")
+    jsonl(file, [{"query": "q", "docs": ["a", "b"], "labels": [0.5, 0.0]}])
+    with pytest.raises(InputError, match=r"column 'labels'\[0\]: expected a whole number from 0 on, found 0\.5"):
+        read_task(file)
+
+
+def test_a_language_that_mteb_does_not_know(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"query": "a", "answer": "b"}])
+    with pytest.raises(InputError, match="language: expected mteb's code, such as eng-Latn, found 'english'"):
+        read_task(file, language="english")
