@@ -46,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     text_format = None if arguments.text_format is None else read_text_format_file(arguments.text_format)
 
     def load() -> Embedder:
-        return Embedder.from_pretrained(
+        model = Embedder.from_pretrained(
             arguments.model,
             text_format=text_format,
             dtype=arguments.dtype,
             mesh=local_mesh(arguments.fsdp),
             revision=arguments.revision,
         )
+        if arguments.ranges is not None:
+            read_ranges(arguments.ranges, model.model_hash)  # of dimensions that mean something else
+        return model
 
     with hosts.together(_distributed(arguments)):
         if not hosts.is_main():

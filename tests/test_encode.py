@@ -98,6 +98,20 @@ def test_errors(
     assert not (tmp_path / "out").exists()
 
 
+def test_ranges_of_another_model(tmp_path: Path, model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = tmp_path / "some.txt"
+    some.write_text("one\nanother\nthe last\n")
+    given = ["--input", some, "--precision", "int8", "--fsdp", 8]
+    assert run("--model", model, "--output", tmp_path / "documents", *given) == 0
+    other = write_base(tmp_path / "other", scale=0.3)
+    given += ["--ranges", tmp_path / "documents", "--output", tmp_path / "queries"]
+    assert run("--model", model, *given) == 0
+    capsys.readouterr()
+    assert run("--model", other, *given[:-1], tmp_path / "more") == 2
+    assert f"--ranges {tmp_path / 'documents'}: its embeddings are of another model" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(

@@ -25,13 +25,25 @@ from jaxembed.data.files import TEMPORARY, is_local
 from jaxembed.embedder import Embedder
 from jaxembed.encoding.manifest import (
     Manifest,
+    from_json,
     read_manifest,
     refuse_other_files,
     refuse_other_job,
+    to_json,
     write_manifest,
 )
-from jaxembed.encoding.readers import BadRows, Fields, File, Text, find_files, read_shards, refuse_changed, survey
-from jaxembed.encoding.writers import WRITERS
+from jaxembed.encoding.readers import (
+    BadRows,
+    Fields,
+    File,
+    Text,
+    find_files,
+    is_unicode,
+    read_shards,
+    refuse_changed,
+    survey,
+)
+from jaxembed.encoding.writers import WRITERS, ids_file
 from jaxembed.errors import InputError
 from jaxembed.quantization import Precision, quantize_embeddings
 from jaxembed.text.format import RoleName
@@ -106,13 +118,22 @@ def encode_corpus(options: Options, load: Callable[[], Embedder], *, progress: b
     """
     if options.shard_size < 1:
         raise InputError(f"--shard-size: expected a whole number of at least 1, found {options.shard_size}")
+    if not options.output:
+        raise InputError("--output: expected a directory, found an empty name")
+    fields = {f"--{name}-field": value for name, value in vars(options.fields).items()}
+    for option, value in {"--prompt": options.prompt, **fields}.items():
+        if value is not None and not is_unicode(value):
+            raise InputError(f"{option}: {value!r} is not UTF-8")
     files = find_files(options.inputs)
     directory = epath.Path(options.output).expanduser()
     found = read_manifest(directory)
     job = _job(options)
     if found is not None:
         refuse_other_job(directory, found, job)
-        refuse_other_files(directory, found, files)
+        if hosts.is_main():
+            refuse_other_files(directory, found, files)
+    # Not their times: each host may have a copy of its own.
+    hosts.agree("the input", {file.path: f"{file.bytes:,} bytes" for file in files})
     model = load()
     encode = _Encode(model, options)
     job |= _job_of_model(model)
@@ -121,14 +142,15 @@ def encode_corpus(options: Options, load: Callable[[], Embedder], *, progress: b
         refuse_other_job(directory, found, job)
     if hosts.count() > 1 or found is None or not found.complete or _absent(directory, found):  # else only read
         hosts.check_shared(directory, "--output")
-    if found is None:
-        if hosts.is_main():
-            found = _begin(options, job, files, model, encode, progress)
-            _check_room(directory, found, encode, done=0)
-            write_manifest(directory, found)
-        hosts.barrier("the survey")
-        found = found or read_manifest(directory)
-    assert found is not None
+    if found is None and hosts.is_main():
+        found = _begin(options, job, files, model, encode, progress)
+        _check_room(directory, found, encode, done=0)
+        if (other := read_manifest(directory)) is not None:  # of a start meanwhile: looking through takes its time
+            refuse_other_job(directory, other, job)
+            refuse_other_files(directory, other, files)
+        write_manifest(directory, found)
+    # Process 0's: a shared disk may go on for a while saying that no such file is there.
+    found = from_json(hosts.broadcast("the manifest", "" if found is None else to_json(found)))
     if found.machine != _machine(model):
         logger.warning(
             "begun on %s, going on on %s: numbers agree to rounding, not to the bit", found.machine, _machine(model)
@@ -302,13 +324,16 @@ def _check_finite(vectors: Num[np.ndarray, "texts width"], ids: Sequence[str]) -
 
 
 def _absent(directory: epath.Path, manifest: Manifest) -> list[str]:
-    """Shards that are not there."""
+    """Shards that are not there, or not with their ids."""
     there = {path.name for path in directory.iterdir()}
-    return [shard for shard in manifest.shards if shard not in there]
+    ids = {shard: ids_file(directory / shard).name for shard in manifest.shards if shard.endswith(".npy")}
+    return [shard for shard in manifest.shards if not {shard, ids.get(shard, shard)} <= there]
 
 
 def _finish(directory: epath.Path, manifest: Manifest, leftovers: Sequence[epath.Path]) -> None:
     """Deletes the temporary files that were there all the while, of processes that were killed."""
+    if (now := read_manifest(directory)) is not None:
+        refuse_other_job(directory, now, manifest.job)
     if absent := _absent(directory, manifest):
         raise InputError(f"{directory}: {absent[0]} was removed while the job ran; start it again")
     for path in leftovers:

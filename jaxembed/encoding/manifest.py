@@ -52,11 +52,31 @@ class Manifest:
         return [range(first, min(first + self.shard_rows, total)) for first in range(0, total, self.shard_rows)]
 
 
-def write_manifest(directory: epath.Path, manifest: Manifest) -> None:
+def to_json(manifest: Manifest) -> str:
     ranges = None if manifest.ranges is None else manifest.ranges.astype(float).tolist()
     values = {"format": _FORMAT, **dataclasses.asdict(manifest), "ranges": ranges}
+    return json.dumps(values, indent=1, ensure_ascii=False)
+
+
+def from_json(text: str) -> Manifest:
+    """
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is no manifest.
+    """
+    values = json.loads(text)
+    if values.pop("format") != _FORMAT:
+        raise ValueError("it is of another version of jaxembed")
+    parts = [
+        Part(**{**part, "file": File(**part["file"]), "columns": TextColumns(**part["columns"])})
+        for part in values.pop("parts")
+    ]
+    ranges = values.pop("ranges")
+    return Manifest(**values, parts=parts, ranges=None if ranges is None else np.array(ranges, np.float32))
+
+
+def write_manifest(directory: epath.Path, manifest: Manifest) -> None:
     with new_file(directory / MANIFEST) as file:
-        file.write(f"{json.dumps(values, indent=1, ensure_ascii=False)}\n".encode())
+        file.write(f"{to_json(manifest)}\n".encode())
 
 
 def read_manifest(directory: epath.Path) -> Manifest | None:
@@ -79,28 +99,28 @@ def read_manifest(directory: epath.Path) -> Manifest | None:
             )
         return None
     try:
-        values = json.loads(path.read_text())
-        if values.pop("format") != _FORMAT:
-            raise ValueError("it is of another version of jaxembed")
-        parts = [
-            Part(**{**part, "file": File(**part["file"]), "columns": TextColumns(**part["columns"])})
-            for part in values.pop("parts")
-        ]
-        ranges = values.pop("ranges")
-        return Manifest(**values, parts=parts, ranges=None if ranges is None else np.array(ranges, np.float32))
+        return from_json(path.read_text())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read: {error}; choose another --output, or remove it") from error
 
 
-def read_ranges(directory: str | os.PathLike[str]) -> Float32[np.ndarray, "2 dim"]:
+def read_ranges(directory: str | os.PathLike[str], model: str | None = None) -> Float32[np.ndarray, "2 dim"]:
     """Minimum and maximum of each dimension, as an int8 or uint8 job took them.
 
+    Args:
+        model: hash of the model that they are for; None: of whichever.
+
     Raises:
-        InputError: there is no such job.
+        InputError: there is no such job, or it was another model's.
     """
     found = read_manifest(epath.Path(directory).expanduser())
     if found is None or found.ranges is None:
         raise InputError(f"--ranges {directory}: expected the output directory of a job in int8 or uint8")
+    if model not in (None, found.job.get("model hash")):
+        raise InputError(
+            f"--ranges {directory}: its embeddings are of another model, whose weights have the hash "
+            f"{found.job.get('model hash')}; those of this one have {model}"
+        )
     return found.ranges
 
 

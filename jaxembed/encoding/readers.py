@@ -4,6 +4,8 @@ import itertools
 import logging
 import os
 import re
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -74,13 +76,22 @@ def find_files(patterns: Sequence[str]) -> list[File]:
     """The files that names and patterns stand for, those of a pattern in alphabetical order, each once.
 
     Raises:
-        InputError: a name that is no file, or a pattern that matches none.
+        InputError: a name that is no file or is not UTF-8, or a pattern that matches none.
     """
     found: dict[str, File] = {}
     for pattern in patterns:
         for path in _matches(pattern):
+            if not is_unicode(str(path)):
+                raise InputError(
+                    f"--input {str(path)!r}: the name is not UTF-8, in which ids and manifest are; rename it"
+                )
             found.setdefault(os.path.abspath(path) if is_local(path) else str(path), _found(path))
     return list(found.values())
+
+
+def is_unicode(text: str) -> bool:
+    """False for what the system gave as bytes that are not UTF-8."""
+    return text.isascii() or text == text.encode(errors="replace").decode()
 
 
 def refuse_changed(files: Sequence[File]) -> None:
@@ -132,6 +143,7 @@ def survey(
         InputError: with file and line, a row that cannot be read, unless `bad_rows` is "skip"; or there is no text.
     """
     names = [epath.Path(file.path).name for file in files]
+    times = Counter(names)
     keys = CORPUS_KEYS if role == "document" else QUERY_KEYS
     keys = (keys[0] if fields.id is None else (fields.id,), keys[1] if fields.text is None else (fields.text,))
     parts: list[Part] = []
@@ -147,7 +159,7 @@ def survey(
                 f"{path}:1: no column {missing}, so the file is taken for one without header, of id, text or id, "
                 "title, text; the columns that --id-field, --text-field and --title-field name need a header"
             )
-        label = name if names.count(name) == 1 else file.path
+        label = name if times[name] == 1 else file.path
         rows = 0
         for number, found in id_texts(path, name, columns, label=label, progress=progress):
             rows += 1
@@ -195,9 +207,11 @@ def read_shards(parts: Sequence[Part], shards: Sequence[range], bad_rows: BadRow
 
 def _rows(parts: Sequence[Part], shards: Sequence[range]) -> Iterator[tuple[epath.Path, int, Text | InputError]]:
     first = 0
+    starts, stops = [shard.start for shard in shards], [shard.stop for shard in shards]
     for part in parts:
         inside = range(first, first + part.rows)
-        if wanted := overlaps(inside, shards):
+        near = shards[bisect_right(stops, inside.start) : bisect_left(starts, inside.stop)]
+        if wanted := overlaps(inside, near):
             path = epath.Path(part.file.path)
             found = id_texts(path, _NAME, part.columns, label=part.label, spans=wanted, progress=False)
             yield from ((path, *each) for each in found)

@@ -101,7 +101,9 @@ class BestCheckpoint:
             return
         dev = {name: dict(values) for name, values in found.items()}
         self.info = {"step": step, "metric": self.metric, "value": value, "dev": dev, **self._identity}
-        self._checkpoints.save(max(self._checkpoints.steps(), default=0) + 1, {"trainable": trainable}, self.info)
+        # A shared disk may show the newest one later to other processes.
+        newest = hosts.broadcast("the newest of the best", str(max(self._checkpoints.steps(), default=0)))
+        self._checkpoints.save(int(newest) + 1, {"trainable": trainable}, self.info)
         self._checkpoints.wait()
         if hosts.is_main():
             (self._directory / BEST_FILE).write_text(json.dumps(self.info, indent=2))

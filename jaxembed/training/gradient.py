@@ -68,7 +68,7 @@ def local_loss(
 
         def embed(chunk: tuple[Array, Array, Array, Array]) -> Array:
             here = trainable, frozen
-            if recomputed or chunks == 1:
+            if recomputed:
                 # Bound to the chunk; JAX would gather the weights of all layers before the loop, and keep them. Each
                 # part by itself: together both would be differentiated.
                 here = tuple(jax.lax.optimization_barrier((part, chunk))[0] for part in here)
@@ -76,7 +76,11 @@ def local_loss(
 
         if recomputed:
             embed = jax.checkpoint(embed, policy=LAYER_CHECKPOINTS[options.chunk_checkpoint], prevent_cse=False)
-        embedded = jax.lax.map(embed, (batch.tokens, batch.segments, batch.first, batch.last))
+        fields = batch.tokens, batch.segments, batch.first, batch.last
+        if chunks == 1:  # a loop of one turn would hold weights and activations as its results
+            embedded = embed(jax.tree.map(lambda x: x[0], fields))[None]
+        else:
+            embedded = jax.lax.map(embed, fields)
         everyone = hooks.everyone(embedded.reshape(-1, embedded.shape[-1])[batch.pick])
         losses = batch_losses(everyone, batch, options, log_temperature)
         members = batch.data_set == jnp.arange(options.data_sets)[:, None]
@@ -108,6 +112,8 @@ def global_value_and_grad(
     """
     trainable_specs, frozen_specs = manual(partition_specs(trainable)), manual(partition_specs(frozen))
     chip_loss = local_loss(graph, options, queries, Chips())
+    # Beside an automatic axis XLA cannot compile a sum over axes that have one chip each. Only types need it.
+    summed = {axis for axis in BATCH_AXES if check_vma or mesh.shape[axis] > 1}
 
     def each(function: Callable[..., Array], tree: Any, specs: Any) -> Any:
         def apply(x: Array, spec: PartitionSpec) -> Array:
@@ -115,13 +121,17 @@ def global_value_and_grad(
 
         return jax.tree.map(apply, tree, specs)
 
+    def total(x: Any, axes: tuple[str, ...]) -> Any:
+        axes = tuple(axis for axis in axes if axis in summed)
+        return jax.lax.psum(x, axes) if axes else x
+
     def per_chip(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> Any:
         vary = partial(jax.lax.pcast, to="varying")  # changes types alone: nothing may be summed inside a loop
         trainable, frozen = each(vary, trainable, trainable_specs), each(vary, frozen, frozen_specs)
         batch = each(vary, batch, BATCH_SPECS)
         (loss, by_data_set), gradient = jax.value_and_grad(chip_loss, has_aux=True)(trainable, frozen, batch)
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
-        return jax.lax.psum((loss, by_data_set), BATCH_AXES), each(jax.lax.psum, gradient, trainable_specs)
+        return total((loss, by_data_set), BATCH_AXES), each(total, gradient, trainable_specs)
 
     return jax.shard_map(
         per_chip,

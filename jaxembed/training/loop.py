@@ -24,7 +24,7 @@ from jaxembed.checkpoint.hub import find_directory
 from jaxembed.checkpoint.huggingface import weights_hash
 from jaxembed.checkpoint.orbax import TrainingCheckpoints
 from jaxembed.checkpoint.pretrained import Decoder, merged_decoder
-from jaxembed.config import TrainConfig
+from jaxembed.config import TrainConfig, load_config
 from jaxembed.data.loader import Batches, iterate
 from jaxembed.data.sources import Examples
 from jaxembed.embedder import Embedder
@@ -71,6 +71,7 @@ from jaxembed.training.texts import prepare_tokenizer, read_sources
 logger = logging.getLogger(__name__)
 
 _STEPS = "the steps"
+_NAMED = 64  # examples of a batch in a message
 
 
 class TrainingError(OperationError):
@@ -248,7 +249,8 @@ def restore(
             if info.get(key) != expected:
                 raise InputError(
                     f"{checkpoints.directory}: its checkpoints belong to another run: {key} is {info.get(key)!r}, now "
-                    f"{expected!r}; data, tokenizer and base model must be those of the run that is resumed"
+                    f"{expected!r}; data, tokenizer, base model, and what the order of pairs depends on (seed, "
+                    "training.batch_size, data.batches, …), must be those of the run that is resumed"
                 )
 
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -352,7 +354,8 @@ def _stop_if_not_finite(
         taken_back = f" The checkpoint of step {done - 1}, which led there, is deleted."
     raise TrainingError(
         f"step {done}: {found}; stopped, nothing of this step was saved.{taken_back} "
-        f"A lower optimizer.learning_rate or float32 may help. The batch: {', '.join(inside)}"
+        f"A lower optimizer.learning_rate or float32 may help. The batch: {', '.join(inside[:_NAMED])}"
+        + (f" and {len(inside) - _NAMED:,} more" if len(inside) > _NAMED else "")
     )
 
 
@@ -377,7 +380,8 @@ def _use_best(
         return ""
     step, value = best.info["step"], best.info["value"]
     for name, values in best.info["dev"].items():
-        dev[name][f"best, step {step}"] = values
+        if name in dev:  # a resumed run may have others
+            dev[name][f"best, step {step}"] = values
     name, _, metric = best.metric.rpartition("/")
     before = dev[name]["before"][metric]
     if (before < value) if metric == "loss" else (before > value):
@@ -433,21 +437,23 @@ def _evaluate_before(
     metrics: MetricsWriter,
     termination: Termination,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Metrics at step 0 and of BM25; a resumed run reads what it found then."""
+    """Metrics at step 0 and of BM25; a resumed run reads what it found then, of the dev sets that are as they were."""
     path = directory / "dev_before.json"
-    known = path.read_text() if hosts.is_main() and path.exists() else ""
-    if known := hosts.broadcast("dev_before.json", known):
-        return json.loads(known)
-    dev: dict[str, dict[str, dict[str, float]]] = {found.name: {} for found in dev_sets}
-    for found in dev_sets:
-        if config.evaluation.bm25:
-            dev[found.name] |= found.bm25()
+    known: dict[str, Any] = {}
+    if hosts.is_main() and path.exists():
+        then = {section.name: section for section in load_config(directory / CONFIG_FILE, []).data.dev}
+        other = {section.name for section in config.data.dev if section != then.get(section.name)}
+        known = {name: values for name, values in json.loads(path.read_text()).items() if name not in other}
+    dev = json.loads(hosts.broadcast("dev_before.json", json.dumps(known)))
+    missing = [found for found in dev_sets if found.name not in dev]
+    for found in missing:
+        dev[found.name] = found.bm25() if config.evaluation.bm25 else {}
     weights = nnx.state(embedder.model)
-    for name, values in _evaluate(config, dev_sets, embedder, weights, metrics, 0, termination).items():
+    for name, values in _evaluate(config, missing, embedder, weights, metrics, 0, termination).items():
         dev[name] = {"before": values, **dev[name]}
-    if hosts.is_main():
+    if hosts.is_main() and missing:
         path.write_text(json.dumps(dev, indent=2))
-    return dev
+    return {found.name: dev[found.name] for found in dev_sets}
 
 
 def _refuse_used(directory: epath.Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from etils import epath
 
 from jaxembed import hosts
 from jaxembed.training.step import StepMetrics
+
+_COUNTED = "texts_used", "tokens_used", "positions"
+"""Of the fields of a batch."""
 
 
 class MetricsWriter:
@@ -81,20 +85,20 @@ class StepLog:
         self._writer, self._names, self._schedule = metrics, names, schedule
         self.last: tuple[int, StepMetrics] | None = None
         self.before_last: tuple[int, StepMetrics] | None = None
-        self._since: list[tuple[dict[str, Any], StepMetrics]] = []
+        self._since: list[StepMetrics] = []
+        self._counts: Counter[str] = Counter()
         self._time = time.perf_counter()
 
     def add(self, done: int, fields: dict[str, Any], measured: StepMetrics) -> None:
         self.before_last, self.last = self.last, (done, measured)
-        self._since.append((fields, measured))
+        self._since.append(measured)
+        self._counts.update({name: fields[name] for name in _COUNTED})  # not the batch, which is large
 
     def write(self, done: int) -> str:
         """One row of means since the last; its short form for the progress bar."""
-        fetched = jax.device_get([measured for _, measured in self._since])
+        fetched = jax.device_get(self._since)
         seconds = time.perf_counter() - self._time
-        texts, tokens, positions = (
-            sum(fields[name] for fields, _ in self._since) for name in ("texts_used", "tokens_used", "positions")
-        )
+        texts, tokens, positions = (self._counts[name] for name in _COUNTED)
         values = {
             "loss": float(np.mean([m.loss for m in fetched])),
             "gradient_norm": float(np.mean([m.gradient_norm for m in fetched])),
@@ -109,7 +113,7 @@ class StepLog:
         if len(self._names) > 1:
             values |= {f"loss/{name}": float(a / n) for name, a, n in zip(self._names, *sums) if n}
         self._writer.write(done, values, "train")
-        self._since, self._time = [], time.perf_counter()
+        self._since, self._counts, self._time = [], Counter(), time.perf_counter()
         return f"loss {values['loss']:.4f}, {values['texts_per_second']:,.0f} texts/s"
 
     @contextlib.contextmanager

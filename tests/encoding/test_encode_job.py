@@ -20,9 +20,10 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from jaxembed import quantize_embeddings
+from jaxembed import hosts, quantize_embeddings
 from jaxembed.data.formats import title_and_text
 from jaxembed.embedder import Embedder
+from jaxembed.encoding import job
 from jaxembed.encoding.job import Options, Summary, encode_corpus
 from jaxembed.encoding.manifest import Manifest, read_manifest, read_ranges, write_manifest
 from jaxembed.encoding.readers import Fields, find_files
@@ -148,6 +149,11 @@ def test_ranges_are_those_of_a_sample_or_of_another_job(
     )
     expected = model.encode_query(TEXTS, precision="int8", ranges=ranges)
     np.testing.assert_array_equal(read(tmp_path / "queries")[1], expected)
+    np.testing.assert_array_equal(read_ranges(tmp_path / "int8", model.model_hash), ranges)
+    with pytest.raises(
+        InputError, match=rf"another model, whose .* hash {model.model_hash}; those of this one have ab"
+    ):
+        read_ranges(tmp_path / "int8", "ab")
     encode(model, corpus, tmp_path / "floats")
     with pytest.raises(InputError, match="expected the output directory of a job in int8 or uint8"):
         read_ranges(tmp_path / "floats")
@@ -269,6 +275,15 @@ def test_what_is_left_to_do_is_done(tmp_path: Path, model: Embedder, corpus: Pat
     assert files_of(tmp_path / "killed") == whole
 
 
+def test_ids_that_are_lost_are_written_again(tmp_path: Path, model: Embedder, corpus: Path) -> None:
+    out = tmp_path / "out"
+    encode(model, corpus, out, shard_size=16, format="npy")
+    whole = files_of(out)
+    (out / "embeddings-00002-of-00004.ids.json").unlink()
+    assert encode(model, corpus, out, shard_size=16, format="npy").texts == 16
+    assert files_of(out) == whole
+
+
 def test_rows_that_cannot_be_read(tmp_path: Path, model: Embedder) -> None:
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps(row) for row in ROWS[:20]]
@@ -321,6 +336,54 @@ def test_another_job_is_refused(tmp_path: Path, model: Embedder, corpus: Path) -
     assert files_of(out) == before
 
 
+@pytest.mark.parametrize("when", ["survey", "write_parquet"])
+def test_another_job_that_begins_meanwhile(
+    tmp_path: Path, model: Embedder, corpus: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    encode(model, corpus, tmp_path / "other", precision="ubinary")
+    manifest = tmp_path / "other/manifest.json"
+    called = job.survey if when == "survey" else job.WRITERS["parquet"]
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        shutil.copy(manifest, tmp_path / "out")
+        return called(*arguments, **options)
+
+    if when == "survey":
+        monkeypatch.setattr(job, "survey", meanwhile)
+    else:
+        monkeypatch.setattr(job, "WRITERS", {"parquet": meanwhile})
+    with pytest.raises(InputError, match='another job: precision was "ubinary", is now "float32"'):
+        encode(model, corpus, tmp_path / "out")
+    assert (tmp_path / "out/manifest.json").read_bytes() == manifest.read_bytes()
+
+
+def test_hosts_with_other_input(tmp_path: Path, model: Embedder, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = corpus.stat().st_size
+
+    def gather(name: str, value: str) -> list[str]:
+        return [value, value.replace(f"{size:,} bytes", "7 bytes") if name == "the input" else value]
+
+    monkeypatch.setattr(hosts, "gather", gather)
+    with pytest.raises(
+        InputError, match=f"the input differs between hosts: process 1 has {corpus} 7 bytes, .* {size:,}"
+    ):
+        encode(model, corpus, tmp_path / "out")
+
+
+def test_a_host_that_does_not_see_the_manifest_yet(
+    tmp_path: Path, model: Embedder, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(model, corpus, tmp_path / "whole", shard_size=16, precision="int8")
+    expected = files_of(tmp_path / "whole")
+    text = expected.pop("manifest.json").decode()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(hosts, "is_main", lambda: False)
+    monkeypatch.setattr(hosts, "check_shared", lambda *_: None)
+    monkeypatch.setattr(hosts, "broadcast", lambda name, value: text if name == "the manifest" else value)
+    assert encode(model, corpus, tmp_path / "out", shard_size=16, precision="int8").texts == 60
+    assert files_of(tmp_path / "out") == expected
+
+
 def test_what_is_wrong_is_said_before_the_model_is_loaded(tmp_path: Path, corpus: Path) -> None:
     def refused(files: Any = corpus, output: Any = tmp_path / "out", **options: Any) -> str:
         def load() -> Embedder:
@@ -333,7 +396,14 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(tmp_path: Path, corpus
     assert "no such file" in refused(tmp_path / "nowhere.jsonl")
     assert "matches no file" in refused(tmp_path / "*.parquet")
     assert "is a folder; expected files" in refused(tmp_path)
+    latin = Path(os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9.jsonl"))
+    latin.write_bytes(corpus.read_bytes())
+    assert "caf\\udce9.jsonl': the name is not UTF-8" in refused(tmp_path / "caf*")
+    assert "--prompt: 'caf\\udce9' is not UTF-8" in refused(prompt="caf\udce9")
+    assert "--text-field: '\\udce9' is not UTF-8" in refused(fields=Fields(text="\udce9"))
+    latin.unlink()
     assert "--shard-size" in refused(shard_size=0)
+    assert "--output: expected a directory, found an empty name" in refused(output="")
     assert "is a file; expected a directory" in refused(output=corpus)
     assert "holds corpus.jsonl, but no manifest.json" in refused(output=tmp_path)
     (tmp_path / "other").mkdir()

@@ -328,6 +328,12 @@ def test_a_mesh_changes_nothing(sizes: tuple[int, int, int], trainable: str, che
 
 
 @pytest.mark.slow
+def test_tensor_may_be_all_of_the_mesh(record_property) -> None:
+    found = train("bitfit", make_mesh(1, 1, 2, jax.devices()[:2]), chunk_rows=1, check_vma=False)
+    assert_same_run(found, alone("bitfit"), record_property)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["full", "bitfit"])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_twenty_steps_are_those_of_one_device(sizes: tuple[int, int, int], trainable: str, record_property) -> None:

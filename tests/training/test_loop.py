@@ -212,6 +212,20 @@ def test_resuming_a_finished_run_changes_nothing(whole, workshop, capsys):
     assert "BM25, plain words" in capsys.readouterr().out
 
 
+def test_a_resumption_may_have_other_dev_sets(whole, workshop, capsys, tmp_path):
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    known = json.loads((run / "dev_before.json").read_text())
+    (run / "dev_before.json").write_text(json.dumps(known | {"another": known["held-out"]}))
+    other = write_jsonl(tmp_path / "other.jsonl", make_rows(12, seed=4))
+    options = ("--export.verify", "off", "--evaluation.searches", "[]", "--evaluation.bm25", "false")
+    assert workshop.resume(run, "--data.dev.0.path", other, *options) == 0
+    assert "held-out: 12 queries" in capsys.readouterr().out
+    found = json.loads((run / "dev_before.json").read_text())
+    assert found.pop("another") == known["held-out"]
+    assert found["held-out"].keys() == {"before"}
+    assert found["held-out"]["before"] != known["held-out"]["before"]
+
+
 def test_other_data_is_no_resumption(whole, workshop, capsys, tmp_path):
     run = shutil.copytree(whole[0], tmp_path / "run")
     other = write_jsonl(tmp_path / "other.jsonl", [*make_rows(47), make_rows(1, seed=9)[0]])

@@ -1,9 +1,13 @@
 import json
+import weakref
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxembed.training.metrics import MetricsWriter
+from jaxembed.training.metrics import MetricsWriter, StepLog
+from jaxembed.training.step import StepMetrics
 
 
 def rows(directory):
@@ -61,3 +65,23 @@ def test_tensorboard_events(tmp_path):
         found.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
         records = records[16 + length :]
     assert found == {(3, "x/loss"): 2.5, (3, "x/mrr_at_10"): pytest.approx(0.25)}
+
+
+def test_batches_are_not_held_until_they_are_logged(tmp_path):
+    one = jnp.ones(())
+    measured = StepMetrics(one, one, jnp.ones((2, 1)), one)
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        log = StepLog(writer, ["a"], lambda step: 0.5)
+        held = []
+        for step in (1, 2):
+            tokens = np.zeros(1000, np.int32)
+            held.append(weakref.ref(tokens))
+            log.add(step, {"tokens": tokens, "texts_used": 3, "tokens_used": 20, "positions": 40 * step}, measured)
+            del tokens
+        assert [array() for array in held] == [None, None]
+        log.write(2)
+        log.add(3, {"texts_used": 3, "tokens_used": 20, "positions": 20}, measured)
+        log.write(3)
+    first, second = rows(tmp_path)
+    assert (first["train/density"], second["train/density"]) == (40 / 120, 1)
+    assert first["train/tokens_per_second"] / first["train/texts_per_second"] == pytest.approx(20 / 3)
