@@ -8,6 +8,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 """What the system says of a file that was given but is not to be had."""
 
+_OF_BUCKETS = ("gcsfs", "google", "aiohttp")
+"""Packages with errors of their own for no network, no credentials, no such bucket and no permission."""
+
 
 class InputError(ValueError):
     """A config, a file, a row, a checkpoint or an argument that cannot be used.
@@ -33,6 +36,10 @@ def explanation(error: BaseException) -> tuple[str, int] | None:
             return str(error), 1
         case ImportError() if "gcsfs" in str(error):
             return "gs:// needs gcsfs: pip install 'jaxembed[gcs]'", 2
+        case ImportError() if str(error).startswith("Install ") and "to access" in str(error):  # of fsspec
+            return f"{error}; of remote file systems gs:// is known to work", 2
+        case Exception() if type(error).__module__.partition(".")[0] in _OF_BUCKETS:
+            return f"gs:// cannot be reached, or refuses: {error}; see `gcloud auth application-default login`", 1
         case RuntimeError() if "home directory" in str(error):  # of pathlib
             return "a path begins with ~NAME, where NAME is no user of this machine", 2
         case OSError() if error.errno in _REFUSED:

@@ -6,7 +6,9 @@ import sys
 import types
 from pathlib import Path
 
+import gcsfs.retry
 import pytest
+from etils import epath
 
 from jaxembed import __main__ as script
 from jaxembed.errors import InputError, OperationError
@@ -25,6 +27,10 @@ def echo(monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", "corpus/x.jsonl")
         if argv == ["nobody"]:
             Path("~nobody-of-this-name/corpus").expanduser()
+        if argv == ["elsewhere"]:
+            epath.Path("s3://bucket/corpus").exists()
+        if argv == ["denied"]:
+            raise gcsfs.retry.HttpError({"code": 403, "message": "no access"})
         if argv == ["failed"]:
             raise OperationError("step 7: the loss is nan")
         if argv == ["greek"]:
@@ -64,6 +70,16 @@ def test_a_file_that_is_not_to_be_had_is_its_message_and_status_2(echo, capsys):
 def test_the_home_of_nobody_is_a_message(echo, capsys):
     assert script.main(["echo", "nobody"]) == 2
     assert capsys.readouterr().err == "error: a path begins with ~NAME, where NAME is no user of this machine\n"
+
+
+def test_a_bucket_that_refuses_is_a_message(echo, capsys):
+    assert script.main(["echo", "denied"]) == 1
+    assert capsys.readouterr().err.startswith("error: gs:// cannot be reached, or refuses: no access, 403; see")
+
+
+def test_another_file_system_is_a_message(echo, capsys):
+    assert script.main(["echo", "elsewhere"]) == 2
+    assert "gs:// is known to work" in capsys.readouterr().err
 
 
 def test_an_operation_that_failed_is_its_message_and_status_1(echo, capsys):
