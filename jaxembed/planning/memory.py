@@ -6,10 +6,9 @@ a loop with all that it carries and stacks beside the most that one turn of it n
 the operation that takes them (casts, sums, products, broadcasts) are not counted, and arrays are padded to the tiles of
 a TPU, 8 × 128 numbers of 4 bytes, in the order of dimensions that pads least or, where a kernel takes them, their own.
 
-Two terms are fitted to compiled steps instead: `_COPIES`, and, where nothing splits the weights, those of all layers in
-the dtype of the computation, cast ahead of the loops. With them the estimate is between 14 % below and 8 % above what
-the compiler found for 46 of the 47 steps of docs/scaling.md, and 24 % below for one (bloom-7b1, biases, on tpu7x). It
-ranks changes of the config; what fits is what the compiler says.
+Two terms were seen in compiled steps instead: where nothing splits the weights, those of all layers in the dtype of the
+computation, cast ahead of the loops; and on tpu7x weights in two bytes once more, in other tiles. The estimate ranks
+changes of the config; what fits is what the compiler says.
 """
 
 import dataclasses
@@ -21,14 +20,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxembed.planning.chips import CHIPS
 from jaxembed.planning.flops import inner_jaxprs
 from jaxembed.planning.program import Program, bytes_of
 
 _TILE, _WORD_TILE = 128, 32  # numbers in the minor dimension; bytes in the one before it
 
-_COPIES = 2
-"""Of what trains, in float32, that compiled steps hold beside all that is read from the program, where a loop over
-chunks carries the gradients."""
+_TALL_TILES = frozenset({CHIPS["tpu7x"].kind})
+"""Devices for which the compiler lays numbers of two bytes in tiles of 16 × 128 inside of a program. Its arguments come
+in tiles of 8 × 128, as on all others, so that what a loop takes of them is copied whole before it."""
 
 _NAMES = """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy copy_p cos div eq erf exp exp2
@@ -78,9 +78,10 @@ def estimated_memory(program: Program, jaxpr: Any) -> Memory:
     trained = bytes_of(program.trainable)
     gradients = trained if program.optimizer is not None else 0
     # `tensor` is left to the compiler, which splits the inside of a layer over it.
-    temporary = math.ceil(peak_bytes(jaxpr) / program.mesh.shape["tensor"]) + _cast_ahead(program)
-    if any(_is_loop(equation) for each in _sharded(jaxpr) for equation in each.eqns):
-        temporary += _COPIES * gradients
+    peak = peak_bytes(jaxpr)
+    if program.mesh.devices.flat[0].device_kind in _TALL_TILES:
+        peak += relaid_bytes(jaxpr)
+    temporary = math.ceil(peak / program.mesh.shape["tensor"]) + _cast_ahead(program)
     return Memory(
         trained=trained,
         frozen=bytes_of(program.frozen),
@@ -92,18 +93,46 @@ def estimated_memory(program: Program, jaxpr: Any) -> Memory:
 
 
 def _cast_ahead(program: Program) -> int:
-    """Bytes of the layers' matrices in the dtype of the computation, where they are whole and held in another."""
+    """Bytes of the layers' matrices, and of a frozen table, in the dtype of the computation, where they are whole and
+    held in another."""
     if program.mesh.shape["fsdp"] > 1:
         return 0
-    held = [*nnx.to_flat_state(program.trainable), *nnx.to_flat_state(program.frozen)]
-    matrices = [variable for path, variable in held if path[-1] == "kernel" and variable.dtype != program.options.dtype]
-    return sum(variable.size for variable in matrices) * jnp.dtype(program.options.dtype).itemsize
+    trained, frozen = nnx.to_flat_state(program.trainable), nnx.to_flat_state(program.frozen)
+    matrices = [variable for path, variable in (*trained, *frozen) if path[-1] == "kernel"]
+    matrices += [variable for path, variable in frozen if path[-1] == "table"]
+    cast = sum(variable.size for variable in matrices if variable.dtype != program.options.dtype)
+    return cast * jnp.dtype(program.options.dtype).itemsize
 
 
 def peak_bytes(jaxpr: Any) -> int:
     """The most that the program holds at once on a device, beside its inputs, inside of its `shard_map`."""
     kernels = frozenset(_kernel_shapes(jaxpr))
     return max(_peak(each, kernels) for each in _sharded(jaxpr) or [jaxpr])
+
+
+def relaid_bytes(jaxpr: Any) -> int:
+    """Of the inputs in numbers of two bytes that a loop takes, on a device; copies for one loop end before the next."""
+    return max(
+        sum(_size(variable, frozenset()) for variable in _taken_by_loops(each) if _itemsize(variable) == 2)
+        for each in _sharded(jaxpr) or [jaxpr]
+    )
+
+
+def _taken_by_loops(jaxpr: Any) -> set[Any]:
+    """Those inputs of a program that one of its loops takes, as they are."""
+    inputs: dict[Any, Any] = {variable: variable for variable in jaxpr.invars}
+    taken: set[Any] = set()
+    for equation in jaxpr.eqns:
+        given = [inputs.get(v) if _is_variable(v) else None for v in equation.invars]
+        if _is_loop(equation):
+            taken.update(given)
+        elif equation.primitive.name in _VIEWS:
+            inputs.update({out: v for out, v in zip(equation.outvars, given) if v is not None})
+        else:
+            for inner in inner_jaxprs(equation):
+                deeper = _taken_by_loops(inner)
+                taken.update(v for v, own in zip(given, inner.invars) if own in deeper)
+    return taken - {None}
 
 
 def _sharded(jaxpr: Any) -> list[Any]:
@@ -146,9 +175,14 @@ def array_bytes(shape: tuple[int, ...], itemsize: int, in_order: bool = False) -
 
 def _size(variable: Any, kernels: frozenset[tuple[int, ...]]) -> int:
     aval = variable.aval
-    if not hasattr(aval, "dtype") or not hasattr(aval.dtype, "itemsize"):
+    if not (itemsize := _itemsize(variable)):
         return 0
-    return array_bytes(tuple(aval.shape), aval.dtype.itemsize, aval.shape[-3:] in kernels)
+    return array_bytes(tuple(aval.shape), itemsize, aval.shape[-3:] in kernels)
+
+
+def _itemsize(variable: Any) -> int:
+    """Bytes of a number of it; 0: it is no array of numbers."""
+    return getattr(getattr(variable.aval, "dtype", None), "itemsize", 0)
 
 
 def _is_variable(atom: Any) -> bool:

@@ -50,6 +50,14 @@ def test_memory_of_one_chunk_by_formula() -> None:
     assert plan.memory.total == pytest.approx(plan.compiled.total, rel=0.15)
 
 
+def test_memory_of_frozen_weights_that_the_compiler_copies() -> None:
+    """Those in bfloat16, on tpu7x: a third of what this step takes."""
+    plan = planned(
+        "tpu7x:2x2x1", "--training.trainable", "bitfit", "--model.param_dtype", "bfloat16", "--training.chunk_rows", 4
+    )
+    assert plan.memory.total == pytest.approx(plan.compiled.total, rel=0.15)
+
+
 @pytest.mark.parametrize("trainable", ["full", "bitfit"])
 def test_work_a_chip_falls_with_chips(trainable: str) -> None:
     """One global batch of 49,152 texts: FLOPs a chip times density fall as 1 / chips from 8 to 256."""

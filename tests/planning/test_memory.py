@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxembed.planning.memory import array_bytes, peak_bytes
+from jaxembed.planning.memory import array_bytes, peak_bytes, relaid_bytes
 
 MEBI = 2**20
 SHAPE = (256, 1024)  # a mebibyte in float32
@@ -74,3 +74,34 @@ def test_checkpoint_trades_memory_for_work() -> None:
     nothing = peak(jax.grad(lambda x: loss(x, policies.nothing_saveable)), SHAPE)
     assert nothing < 0.6 * everything
     assert nothing > 20  # the input of every layer
+
+
+def test_what_loops_take_in_two_bytes() -> None:
+    """By name: what is copied where arguments of a program come in other tiles than it works in."""
+
+    def program(stack, table, wide, alone, x):
+        def layer(x, w):
+            return x @ w, None
+
+        def chunk(ids):
+            held, ids = jax.lax.optimization_barrier((table, ids))
+            return jax.lax.scan(layer, held[ids], stack)[0].sum() + wide.sum()
+
+        return jax.lax.map(chunk, jnp.zeros((3, 8), jnp.int32)).sum() + (x @ alone).sum()
+
+    def relaid(function) -> float:
+        shapes = {"stack": (5, 128, 128), "table": (4096, 128), "wide": (512, 128), "alone": (128, 256), "x": (8, 128)}
+        dtypes = {"wide": jnp.float32}
+        arguments = [jax.ShapeDtypeStruct(shape, dtypes.get(n, jnp.bfloat16)) for n, shape in shapes.items()]
+        return relaid_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+    both = 2 * (5 * 128 * 128 + 4096 * 128)
+    assert relaid(program) == both
+    assert relaid(jax.jit(program)) == both
+    assert relaid(jax.checkpoint(program)) == both
+
+    def one_chunk(stack, table, wide, alone, x):
+        rows = table[jnp.zeros(8, jnp.int32)]
+        return jax.lax.scan(lambda x, w: (x @ w, None), rows + x, stack)[0] @ alone
+
+    assert relaid(one_chunk) == 2 * 5 * 128 * 128
