@@ -6,9 +6,9 @@ a loop with all that it carries and stacks beside the most that one turn of it n
 the operation that takes them (casts, sums, products, broadcasts) are not counted, and arrays are padded to the tiles of
 a TPU, 8 × 128 numbers of 4 bytes, in the order of dimensions that pads least or, where a kernel takes them, their own.
 
-Two terms were seen in compiled steps instead: where nothing splits the weights, those of all layers in the dtype of the
-computation, cast ahead of the loops; and on tpu7x weights in two bytes once more, in other tiles. The estimate ranks
-changes of the config; what fits is what the compiler says.
+Three terms were seen in compiled steps instead: `_COPIES`; where nothing splits the weights, those of all layers in the
+dtype of the computation, cast ahead of the loops; and on tpu7x weights in two bytes once more, in other tiles. The
+estimate ranks changes of the config; what fits is what the compiler says.
 """
 
 import dataclasses
@@ -25,6 +25,10 @@ from jaxembed.planning.flops import inner_jaxprs
 from jaxembed.planning.program import Program, bytes_of
 
 _TILE, _WORD_TILE = 128, 32  # numbers in the minor dimension; bytes in the one before it
+
+_COPIES = 2
+"""Of what trains, in float32: what compiled steps hold at most beside all that is read from the program, one for each
+chunk after the first. A loop over chunks carries the gradients."""
 
 _TALL_TILES = frozenset({CHIPS["tpu7x"].kind})
 """Devices for which the compiler lays numbers of two bytes in tiles of 16 × 128 inside of a program. Its arguments come
@@ -82,6 +86,8 @@ def estimated_memory(program: Program, jaxpr: Any) -> Memory:
     if program.mesh.devices.flat[0].device_kind in _TALL_TILES:
         peak += relaid_bytes(jaxpr)
     temporary = math.ceil(peak / program.mesh.shape["tensor"]) + _cast_ahead(program)
+    if gradients:
+        temporary += min(program.arguments[-1].tokens.shape[0] - 1, _COPIES) * gradients
     return Memory(
         trained=trained,
         frozen=bytes_of(program.frozen),
