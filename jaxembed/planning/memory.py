@@ -27,8 +27,8 @@ from jaxembed.planning.program import Program, bytes_of
 _TILE, _WORD_TILE = 128, 32  # numbers in the minor dimension; bytes in the one before it
 
 _COPIES = 2
-"""Of what trains, in float32: what compiled steps hold at most beside all that is read from the program, one for each
-chunk after the first. A loop over chunks carries the gradients."""
+"""Of what trains, in float32, that compiled steps hold beside all that is read from the program, where a loop over chunks
+carries the gradients; without one, half of that."""
 
 _TALL_TILES = frozenset({CHIPS["tpu7x"].kind})
 """Devices for which the compiler lays numbers of two bytes in tiles of 16 × 128 inside of a program. Its arguments come
@@ -87,7 +87,7 @@ def estimated_memory(program: Program, jaxpr: Any) -> Memory:
         peak += relaid_bytes(jaxpr)
     temporary = math.ceil(peak / program.mesh.shape["tensor"]) + _cast_ahead(program)
     if gradients:
-        temporary += min(program.arguments[-1].tokens.shape[0] - 1, _COPIES) * gradients
+        temporary += min(program.arguments[-1].tokens.shape[0], _COPIES) * gradients
     return Memory(
         trained=trained,
         frozen=bytes_of(program.frozen),
