@@ -27,8 +27,8 @@ from jaxembed.planning.program import Program, bytes_of
 _TILE, _WORD_TILE = 128, 32  # numbers in the minor dimension; bytes in the one before it
 
 _COPIES = 2
-"""Of what trains, in float32, that compiled steps hold beside all that is read from the program, where a loop over chunks
-carries the gradients; without one, half of that."""
+"""Of what trains, in float32, that compiled steps hold beside all that is read from the program, where a loop over
+chunks carries the gradients; without one, half of that."""
 
 _TALL_TILES = frozenset({CHIPS["tpu7x"].kind})
 """Devices for which the compiler lays numbers of two bytes in tiles of 16 × 128 inside of a program. Its arguments come
