@@ -446,13 +446,14 @@ def _evaluate_before(
         known = {name: values for name, values in json.loads(path.read_text()).items() if name not in other}
     dev = json.loads(hosts.broadcast("dev_before.json", json.dumps(known)))
     missing = [found for found in dev_sets if found.name not in dev]
-    for found in missing:
-        dev[found.name] = found.bm25() if config.evaluation.bm25 else {}
-    weights = nnx.state(embedder.model)
-    for name, values in _evaluate(config, missing, embedder, weights, metrics, 0, termination).items():
-        dev[name] = {"before": values, **dev[name]}
-    if hosts.is_main() and missing:
-        path.write_text(json.dumps(dev, indent=2))
+    if missing:
+        for found in missing:
+            dev[found.name] = found.bm25() if config.evaluation.bm25 else {}
+        weights = nnx.state(embedder.model)
+        for name, values in _evaluate(config, missing, embedder, weights, metrics, 0, termination).items():
+            dev[name] = {"before": values, **dev[name]}
+        if hosts.is_main():
+            path.write_text(json.dumps(dev, indent=2))
     return {found.name: dev[found.name] for found in dev_sets}
 
 
