@@ -175,7 +175,7 @@ def differences(comparison: "Comparison") -> "Figure":
         text.set_parse_math(False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("difference in points, with intervals of 95 %")
+    axes.set_xlabel("difference in points, with paired bootstrap intervals")
     _legend(axes, handles, [f"{name} − {first}" for name in others])
     return figure
 

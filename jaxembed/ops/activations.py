@@ -17,11 +17,11 @@ def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     The backward pass needs `x` alone, where JAX's own would keep several arrays of its size.
     """
     wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + _tanh(wide))).astype(x.dtype)
+    return (0.5 * wide * (1 + jnp.tanh(_inner(wide)))).astype(x.dtype)
 
 
-def _tanh(wide: Array) -> Array:
-    return jnp.tanh(_SLOPE * wide * (1 + _CUBIC * jnp.square(wide)))
+def _inner(wide: Array) -> Array:
+    return _SLOPE * wide * (1 + _CUBIC * jnp.square(wide))
 
 
 def _gelu_forward(x: Array) -> tuple[Array, Array]:
@@ -31,7 +31,7 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
     wide = x.astype(jnp.float32)
     # ½ (1 + tanh u) = σ(2u); in other words than forward, or XLA would share one tanh, and write it out.
-    share = jax.nn.sigmoid(2 * _SLOPE * wide * (1 + _CUBIC * jnp.square(wide)))
+    share = jax.nn.sigmoid(2 * _inner(wide))
     slope = share + share * (1 - share) * wide * 2 * _SLOPE * (1 + 3 * _CUBIC * jnp.square(wide))
     return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
 
