@@ -7,9 +7,11 @@ which gcsfs and TensorStore of all processes that inherit its environment take f
 import contextlib
 import itertools
 import json
+import random
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -53,6 +55,8 @@ class Service:
         self.uploads: dict[int, bytes] = {}
         """What there is so far of those in parts."""
         self.lock = threading.Lock()
+        self.delay = 0.0
+        """Seconds that an answer to a GET takes at most."""
 
     def put(self, path: str, data: bytes) -> None:
         """Writes an object."""
@@ -159,6 +163,7 @@ def _handler(service: Service) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             bucket, name, options = self.asked()
             path = f"{bucket}/{name}"
+            time.sleep(random.uniform(0, service.delay))
             with service.lock:
                 if not name:
                     whole = urlsplit(self.path).path.endswith("/o")

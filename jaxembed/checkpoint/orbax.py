@@ -37,8 +37,10 @@ TEMPORARY_INFIX = ".orbax-checkpoint-tmp"
 
 ArrayPath = tuple[str, ...]
 _Entry = TypeVar("_Entry")
+_Part = tuple[tuple[int, int], ...]
 _GROUP_BYTES = 256 << 20
 _CHUNK_BYTES = 64 << 20  # of an array, in a file
+_INDEX_BYTES = 100 << 20  # of a store's lists of its arrays and their parts, in memory
 
 
 class CheckpointError(OperationError):
@@ -200,15 +202,13 @@ class TrainingCheckpoints:
         reasons = []
         for step in reversed(self._listed()):
             path = self.directory / str(step)
-            info: Any = None
+            info: dict[str, Any] = {}
             stored, arrays, failure = {}, {}, ""
             try:
-                metadata = ocp.metadata(path)
-                info, stored = metadata.custom_metadata, metadata.metadata
-                if not (isinstance(info, dict) and isinstance(stored, dict)):
-                    raise ValueError("its record or the list of its arrays is missing")
-            except Exception as error:
-                failure = _first_line(error)
+                stored = store_contents(path)
+                info = _record(path)
+            except InputError as error:
+                failure = str(error).removeprefix(f"{path}: ")
             if failure := _anyones("record read", failure):
                 reasons.append(self._skip(step, failure))
                 continue
@@ -217,14 +217,13 @@ class TrainingCheckpoints:
             wanted = leaf_names(like)
             _compare(path, stored, wanted)
             try:
-                with _alone():
-                    arrays = ocp.load(path, {name: leaf for name, leaf in wanted.items() if leaf.size})
-            except Exception as error:
-                failure = _first_line(error)
+                arrays = dict(read_store(path, {(name,): leaf for name, leaf in wanted.items() if leaf.size}))
+            except InputError as error:
+                failure = str(error).removeprefix(f"{path}: ")
             if failure := _anyones("arrays read", failure):
                 reasons.append(self._skip(step, failure))
                 continue
-            leaves = [arrays[name] if leaf.size else _no_elements(leaf) for name, leaf in wanted.items()]
+            leaves = [arrays[name,] if leaf.size else _no_elements(leaf) for name, leaf in wanted.items()]
             return step, jax.tree.unflatten(jax.tree.structure(like), leaves), info
         if reasons:
             raise CheckpointError(f"none of the checkpoints in {self.directory} can be read: " + "; ".join(reasons))
@@ -304,13 +303,7 @@ def checkpoint_record(path: epath.PathLike) -> dict[str, Any]:
         InputError: it, or the list of the checkpoint's arrays, cannot be read.
     """
     store_contents(path)
-    try:
-        info = ocp.metadata(_absolute(path)).custom_metadata
-    except Exception as error:
-        raise InputError(f"{path}: its record cannot be read: {_first_line(error)}") from error
-    if not isinstance(info, dict):
-        raise InputError(f"{path}: its record is missing")
-    return info
+    return _record(path)
 
 
 def write_store(
@@ -360,20 +353,22 @@ def write_store(
 def store_contents(directory: epath.PathLike) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays of a store, by their keys, joined by dots.
 
-    By TensorStore, for Orbax opens all arrays at once and tells of each damaged one that it comes to with a traceback.
+    By TensorStore, here and for the arrays: Orbax reads all at once, and when one is damaged the others' reads end in
+    tracebacks of a loop that is closed by then.
 
     Raises:
         InputError: it is no readable Orbax checkpoint.
     """
     contents, end = {}, b"/zarr.json"
+    context = _context()
     try:
         if not (epath.Path(directory) / COMMIT_MARKER).exists():
             raise ValueError("it is not there, or was not written to its end")
-        for key in tensorstore.KvStore.open(_kvstore(directory)).result().list().result():
-            if key.endswith(end):
-                name = key.removesuffix(end).decode()
-                stored = _open_array(directory, name, tensorstore.Context())
-                contents[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
+        keys = tensorstore.KvStore.open(_kvstore(directory), context=context).result().list().result()
+        names = [key.removesuffix(end).decode() for key in keys if key.endswith(end)]
+        for name, opening in {name: _open_array(directory, name, context) for name in names}.items():
+            stored = opening.result()
+            contents[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
     except (OSError, ValueError) as error:
         raise InputError(f"{directory}: not a readable Orbax checkpoint: {_first_line(error)}") from error
     return contents
@@ -384,21 +379,28 @@ def read_store(
 ) -> Iterator[tuple[ArrayPath, jax.Array]]:
     """Reads some arrays of a store in the order given, in groups of the size in which they are written.
 
+    Of an array that is sharded over several processes each reads its own parts.
+
     Args:
         wanted: shapes, dtypes and shardings.
 
     Raises:
         InputError: an array cannot be read.
     """
+    context = _context()
     for group in _groups(wanted.items(), lambda entry: math.prod(entry[1].shape) * entry[1].dtype.itemsize):
-        try:
-            with _store_context():
-                tree = ocp.load(_absolute(directory), _nested(group))
-        except Exception as error:
-            names = ", ".join("/".join(path) for path, _ in group[:3])
-            raise InputError(f"{directory}: {names} … cannot be read: {_first_line(error)}") from error
-        for path, _ in group:
-            yield path, _take(tree, path)
+        reading: dict[ArrayPath, dict[_Part, Any]] = {}
+        openings = {path: _open_array(directory, ".".join(path), context) for path, _ in group}
+        for path, leaf in group:
+            with _naming(directory, path):
+                stored = openings[path].result()
+                parts = set(_parts(leaf).values())
+                reading[path] = {part: stored[tuple(slice(*ends) for ends in part)].read() for part in parts}
+        for path, leaf in group:
+            with _naming(directory, path):
+                found = {part: future.result() for part, future in reading.pop(path).items()}
+            pieces = [jax.device_put(found[part], device) for device, part in _parts(leaf).items()]
+            yield path, jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces)
 
 
 def read_to_host(
@@ -411,17 +413,15 @@ def read_to_host(
     Raises:
         InputError: an array cannot be read.
     """
-    context = tensorstore.Context({"file_io_mode": {"mode": "memmap"}})
+    context = _context(file_io_mode={"mode": "memmap"})
     sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in wanted.items()}
     ahead = _ReadAhead(directory, sum(sizes.values()))
     for path, leaf in wanted.items():
         ahead.advance(sizes[path])
         array = buffers.take(sizes[path]).view(leaf.dtype).reshape(leaf.shape)
-        try:
-            stored = _open_array(directory, ".".join(path), context)
+        with _naming(directory, path):
+            stored = _open_array(directory, ".".join(path), context).result()
             tensorstore.array(array, context=context).write(stored).result()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{directory}: {'/'.join(path)} cannot be read: {_first_line(error)}") from error
         yield path, array
 
 
@@ -464,21 +464,47 @@ def _entries(directory: epath.Path) -> list[epath.Path]:
 
 
 def _kvstore(directory: epath.PathLike) -> dict[str, Any]:
-    base = {"driver": "file", "path": str(_absolute(directory) / "state")}
-    return {"driver": "ocdbt", "base": base}
+    state = os.fspath(_absolute(directory) / "state")
+    base = state if "://" in state else {"driver": "file", "path": state}
+    return {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#index"}
 
 
-def _open_array(directory: epath.PathLike, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
-    spec = {"driver": "zarr3", "kvstore": {**_kvstore(directory), "path": name}}
-    return tensorstore.open(spec, context=context, open=True).result()
+def _context(**resources: Any) -> tensorstore.Context:
+    return tensorstore.Context({**resources, "cache_pool#index": {"total_bytes_limit": _INDEX_BYTES}})
 
 
-def _alone() -> ocp.Context:
-    """For reading: each process by itself, since Orbax's barriers wait for one that cannot read its part."""
-    context = ocp.Context()
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-    return context
+def _open_array(directory: epath.PathLike, name: str, context: tensorstore.Context) -> Any:
+    """A future of the array; parts that its files lack are an error when they are read."""
+    spec = {"driver": "zarr3", "kvstore": {**_kvstore(directory), "path": name}, "fill_missing_data_reads": False}
+    return tensorstore.open(spec, context=context, open=True)
+
+
+@contextlib.contextmanager
+def _naming(directory: epath.PathLike, path: ArrayPath) -> Iterator[None]:
+    """What TensorStore raises as an `InputError` that names the array."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory}: {'/'.join(path)} cannot be read: {_first_line(error)}") from error
+
+
+def _parts(leaf: jax.ShapeDtypeStruct) -> dict[Any, _Part]:
+    """By device of this process: where the part of an array begins and ends in each dimension."""
+    sharding: Any = leaf.sharding
+    return {
+        device: tuple(ends.indices(size)[:2] for ends, size in zip(index, leaf.shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
+    }
+
+
+def _record(path: epath.PathLike) -> dict[str, Any]:
+    try:
+        info = ocp.metadata(_absolute(path)).custom_metadata
+    except Exception as error:
+        raise InputError(f"{path}: its record cannot be read: {_first_line(error)}") from error
+    if not isinstance(info, dict):
+        raise InputError(f"{path}: its record is missing")
+    return info
 
 
 def _store_context() -> ocp.Context:
@@ -486,7 +512,6 @@ def _store_context() -> ocp.Context:
     # Weights do not compress, and trying takes longer than writing.
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    context.pytree.loading.partial_load = True
     return context
 
 
@@ -511,14 +536,6 @@ def _nested(entries: Iterable[tuple[ArrayPath, Any]]) -> dict[str, Any]:
             place = place.setdefault(folder, {})
         place[name] = leaf
     return tree
-
-
-def _take(tree: dict[str, Any], path: ArrayPath) -> jax.Array:
-    """Out of the tree, so that the array lives no longer than its reader needs it."""
-    *folders, name = path
-    for folder in folders:
-        tree = tree[folder]
-    return tree.pop(name)
 
 
 def _compare(path: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -548,6 +565,5 @@ def _no_elements(leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _first_line(error: Exception) -> str:
-    return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:500] if str(error).strip() else '(no message)'}"
-    )
+    message = str(error).strip().partition(" [tensorstore_spec=")[0]
+    return f"{type(error).__name__}: {message.splitlines()[0][:500] if message else '(no message)'}"

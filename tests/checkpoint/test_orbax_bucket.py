@@ -76,6 +76,32 @@ def test_checkpoints(service: Service) -> None:
         assert found[0] == 3
 
 
+@pytest.mark.parametrize("damaged", ["manifest", "/d/"])
+def test_of_a_damaged_checkpoint_there_is_one_line(
+    service: Service, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    sharding = jax.NamedSharding(make_mesh(1, 8, 1), jax.P("fsdp"))
+    state = {f"kernel{number}": jax.device_put(jnp.ones((64, 1024)), sharding) for number in range(6)}
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    with TrainingCheckpoints(RUN, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {})
+    for path in service.under("bucket/runs/one/2/state/"):
+        if damaged in path:
+            service.put(path, service.objects[path][: len(service.objects[path]) // 2])
+    service.delay = 0.05
+    for _ in range(3):
+        with TrainingCheckpoints(RUN, keep=2) as checkpoints:
+            found = checkpoints.restore_latest(like)
+        assert found is not None
+        assert found[0] == 1
+    warnings = [record.getMessage() for record in caplog.records if not record.name.startswith(("gcsfs", "google"))]
+    assert len(warnings) == 3
+    assert all(
+        line.startswith("skipped an unreadable checkpoint in gs://bucket/runs/one, step 2: ") for line in warnings
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_is_what_it_is_on_a_disk_also_when_it_is_resumed(service: Service, tmp_path: Path) -> None:
