@@ -155,12 +155,13 @@ def read_beir(
 
 def query_names(split: str) -> list[str]:
     """Files in which a folder may have its queries."""
-    return [f"queries.{split}.jsonl", f"queries.{split}.tsv", "queries.jsonl", "queries.tsv", "queries.parquet"]
+    kinds = ("jsonl", "tsv", "csv", "parquet")
+    return [f"queries{between}.{kind}" for between in (f".{split}", "") for kind in kinds]
 
 
 def qrels_names(split: str) -> list[str]:
     """Files in which a folder may have its judgements."""
-    kinds = ("tsv", "jsonl", "parquet")
+    kinds = ("tsv", "jsonl", "csv", "parquet")
     return [f"qrels{between}{split}.{kind}" for between in ("/", ".") for kind in kinds]
 
 
@@ -320,7 +321,7 @@ def _mined_rows(
 
 
 def judgements(file: epath.Path, name: str) -> Iterator[tuple[int, tuple[str, str, float] | InputError]]:
-    """(query id, document id, grade): TSV with or without a header, TREC's four columns, JSON lines, Parquet."""
+    """(query id, document id, grade): TSV with or without a header, TREC's four columns, CSV, JSON lines, Parquet."""
     if kind_of(file) == "tsv":
         for line, fields in _fields(file, name):
             if isinstance(fields, InputError):

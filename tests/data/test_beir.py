@@ -78,6 +78,7 @@ QRELS = {
     "qrels.train.jsonl": '{"qid": "q1", "pid": "d1", "relevance": 1}\n{"qid": "q2", "pid": "d2", "relevance": 1.0}\n',
     "qrels.train.tsv": "q1\t0\td1\t1\nq2\t0\td2\t1\n",
     "qrels/train.tsv.gz": "q1 0 d1 1\nq2 0 d2 1\n",
+    "qrels/train.csv": "query-id,corpus-id,score\nq1,d1,1\nq2,d2,1\n",
 }
 
 
@@ -88,6 +89,14 @@ def test_judgements_of_every_kind(tmp_path: Path, name: str, content: str) -> No
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
     assert columns(read(tmp_path)) == [("q one", "Title one", ()), ("q two", "two", ())]
+
+
+@pytest.mark.parametrize("name", ["queries.csv", "queries.train.csv"])
+def test_queries_with_commas(tmp_path: Path, name: str) -> None:
+    folder(tmp_path, [("q1", "d1", 1)])
+    (tmp_path / "queries.jsonl").unlink()
+    (tmp_path / name).write_text('_id,text\nq1,"one, two"\n')
+    assert columns(read(tmp_path)) == [("one, two", "Title one", ())]
 
 
 def test_ms_marcos_own_files(tmp_path: Path) -> None:
