@@ -6,9 +6,10 @@ a loop with all that it carries and stacks beside the most that one turn of it n
 the operation that takes them (casts, sums, products, broadcasts) are not counted, and arrays are padded to the tiles of
 a TPU, 8 × 128 numbers of 4 bytes, in the order of dimensions that pads least or, where a kernel takes them, their own.
 
-Three terms were seen in compiled steps instead: `_COPIES`; where nothing splits the weights, those of all layers in the
-dtype of the computation, cast ahead of the loops; and on tpu7x weights in two bytes once more, in other tiles. The
-estimate ranks changes of the config; what fits is what the compiler says.
+Four terms were seen in compiled steps instead: `_COPIES`; where nothing splits the weights, those of all layers in the
+dtype of the computation, cast ahead of the loops; a table that does not lie row by row, once more in rows; and on tpu7x
+weights in two bytes once more, in other tiles. The estimate ranks changes of the config; what fits is what the compiler
+says.
 """
 
 import dataclasses
@@ -17,12 +18,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxembed.planning.chips import CHIPS
 from jaxembed.planning.flops import inner_jaxprs
-from jaxembed.planning.program import Program, bytes_of
+from jaxembed.planning.program import Program
 
 _TILE, _WORD_TILE = 128, 32  # numbers in the minor dimension; bytes in the one before it
 
@@ -79,23 +81,45 @@ class Memory:
 
 def estimated_memory(program: Program, jaxpr: Any) -> Memory:
     """Of a traced program."""
-    trained = bytes_of(program.trainable)
+    trained = stored_bytes(program.trainable)
     gradients = trained if program.optimizer is not None else 0
     # `tensor` is left to the compiler, which splits the inside of a layer over it.
     peak = peak_bytes(jaxpr)
     if program.mesh.devices.flat[0].device_kind in _TALL_TILES:
         peak += relaid_bytes(jaxpr)
-    temporary = math.ceil(peak / program.mesh.shape["tensor"]) + _cast_ahead(program)
+    temporary = math.ceil(peak / program.mesh.shape["tensor"]) + _cast_ahead(program) + table_in_rows(program)
     if gradients:
         temporary += min(program.arguments[-1].tokens.shape[0], _COPIES) * gradients
     return Memory(
         trained=trained,
-        frozen=bytes_of(program.frozen),
-        optimizer=0 if program.optimizer is None else bytes_of(program.optimizer),
-        batch=bytes_of(program.arguments[-1]),
+        frozen=stored_bytes(program.frozen),
+        optimizer=0 if program.optimizer is None else stored_bytes(program.optimizer),
+        batch=stored_bytes(program.arguments[-1]),
         gradients=gradients,
         activations=max(0, temporary - gradients),
     )
+
+
+def stored_bytes(tree: Any) -> int:
+    """Of an abstract tree of arrays with shardings, on each device."""
+    return sum(array_bytes(_shard(leaf), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
+
+
+def _shard(leaf: Any) -> tuple[int, ...]:
+    return leaf.sharding.shard_shape(leaf.shape)
+
+
+def table_in_rows(program: Program) -> int:
+    """Bytes of the copy of an embedding table that is looked up, and by how much its gradient, which is made row by
+    row, is more than the table as it is stored: where another order of dimensions pads less."""
+    more = 0
+    for state, copies in ((program.trainable, 2 if program.optimizer is not None else 1), (program.frozen, 1)):
+        for path, leaf in nnx.to_flat_state(state):
+            if path[-1] == "table":
+                size = leaf.dtype.itemsize
+                stored, in_rows = (array_bytes(_shard(leaf), size, in_order) for in_order in (False, True))
+                more += copies * in_rows - (copies - 1) * stored if in_rows > stored else 0
+    return more
 
 
 def _cast_ahead(program: Program) -> int:

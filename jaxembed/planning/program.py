@@ -161,10 +161,3 @@ def on_mesh(state: nnx.State, mesh: Mesh) -> nnx.State:
 def placed(tree: Any, shardings: Any) -> Any:
     """The abstract arrays with these shardings, which `eval_shape` drops."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def bytes_of(tree: Any) -> int:
-    """Bytes of an abstract tree on each device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )

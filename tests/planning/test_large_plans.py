@@ -58,6 +58,16 @@ def test_memory_of_frozen_weights_that_the_compiler_copies() -> None:
     assert plan.memory.total == pytest.approx(plan.compiled.total, rel=0.15)
 
 
+def test_memory_of_weights_that_fill_no_tiles() -> None:
+    """Heads of 80 numbers, and a table of which a chip holds 160 of each row."""
+    plan = planned(
+        "v5e-64", "--model.path", "bigscience/bloom-3b", "--training.trainable", "full", "--mesh.fsdp", 16,
+        "--training.chunk_rows", 8,
+    )  # fmt: skip
+    assert plan.memory.arguments == pytest.approx(plan.compiled.arguments, rel=0.01)
+    assert plan.memory.total == pytest.approx(plan.compiled.total, rel=0.15)
+
+
 @pytest.mark.parametrize("trainable", ["full", "bitfit"])
 def test_work_a_chip_falls_with_chips(trainable: str) -> None:
     """One global batch of 49,152 texts: FLOPs a chip times density fall as 1 / chips from 8 to 256."""

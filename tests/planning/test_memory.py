@@ -1,10 +1,15 @@
 """The memory formula: small programs by hand, and what a training step keeps."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from jaxembed.planning.memory import array_bytes, peak_bytes, relaid_bytes
+from jaxembed.planning.memory import array_bytes, peak_bytes, relaid_bytes, stored_bytes, table_in_rows
+from jaxembed.sharding import make_mesh
 
 MEBI = 2**20
 SHAPE = (256, 1024)  # a mebibyte in float32
@@ -24,6 +29,31 @@ def test_arrays_are_padded_to_tiles() -> None:
     assert array_bytes((64, 64, 300, 64), 4) == 64 * 64 * 384 * 64 * 4  # 300 to 384 is less than 64 to 128 …
     assert array_bytes((1024, 16, 64), 2) == 1024 * 16 * 64 * 2  # … and here the first dimension goes last
     assert array_bytes((3,), 4) == 12
+
+
+def test_what_is_stored_is_what_a_device_holds_of_it_padded() -> None:
+    mesh = make_mesh(1, 8, 1)
+
+    def stored(shape: tuple[int, ...], *axes: str | None) -> int:
+        sharding = jax.NamedSharding(mesh, jax.P(*axes))
+        return stored_bytes({"one": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)})
+
+    assert stored((8 * 256, 1024), "fsdp", None) == MEBI
+    assert stored((2048, 8 * 160), None, "fsdp") == 2048 * 160 * 4  # rows go last: 2,048 of them need no padding
+    assert stored((3, 8 * 160, 32, 80), None, "fsdp", None, None) == 3 * 160 * 32 * 128 * 4
+
+
+def test_a_table_is_copied_where_it_does_not_lie_in_rows() -> None:
+    def copied(width: int, optimizer: Any = None, frozen: bool = False) -> int:
+        sharding = jax.NamedSharding(make_mesh(1, 8, 1), jax.P(None, "fsdp"))
+        table = nnx.State({"table": jax.ShapeDtypeStruct((2048, 8 * width), jnp.float32, sharding=sharding)})
+        trainable, frozen_state = (nnx.State({}), table) if frozen else (table, nnx.State({}))
+        program: Any = SimpleNamespace(trainable=trainable, frozen=frozen_state, optimizer=optimizer)
+        return table_in_rows(program)
+
+    assert copied(128, optimizer={}) == copied(256, frozen=True) == 0
+    assert copied(160) == copied(160, frozen=True) == 2048 * 256 * 4
+    assert copied(160, optimizer={}) == 2048 * (256 + 256 - 160) * 4  # and the gradient in place of the one counted
 
 
 def test_what_is_fused_is_not_counted() -> None:
