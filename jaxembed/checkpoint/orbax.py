@@ -40,6 +40,7 @@ _Entry = TypeVar("_Entry")
 _Part = tuple[tuple[int, int], ...]
 _GROUP_BYTES = 256 << 20
 _CHUNK_BYTES = 64 << 20  # of an array, in a file
+_STORE_ERRORS = (OSError, ValueError, RuntimeError)  # Orbax and TensorStore raise these, for a full disk too
 _INDEX_BYTES = 100 << 20  # of a store's lists of its arrays and their parts, in memory
 
 
@@ -342,7 +343,7 @@ def write_store(
                 writing.append((ocp.partial.save_async(directory, _nested(group)), paths))
             wait()
             ocp.partial.finalize(directory)
-    except (OSError, ValueError, RuntimeError) as error:  # Orbax and TensorStore raise these for a full disk
+    except _STORE_ERRORS as error:
         raise CheckpointError(f"could not write {directory}: {_first_line(error)}") from error
     finally:
         for response, _ in writing:  # after an error: nothing is written any more when the caller cleans up
@@ -369,7 +370,7 @@ def store_contents(directory: epath.PathLike) -> dict[str, jax.ShapeDtypeStruct]
         for name, opening in {name: _open_array(directory, name, context) for name in names}.items():
             stored = opening.result()
             contents[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
-    except (OSError, ValueError) as error:
+    except _STORE_ERRORS as error:
         raise InputError(f"{directory}: not a readable Orbax checkpoint: {_first_line(error)}") from error
     return contents
 
@@ -484,7 +485,7 @@ def _naming(directory: epath.PathLike, path: ArrayPath) -> Iterator[None]:
     """What TensorStore raises as an `InputError` that names the array."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except _STORE_ERRORS as error:
         raise InputError(f"{directory}: {'/'.join(path)} cannot be read: {_first_line(error)}") from error
 
 
