@@ -25,6 +25,7 @@ from jaxembed.text.format import DEFAULT_TEXT_FORMAT
 from jaxembed.text.tokenizer import TextTokenizer, train_byte_level_bpe
 
 from blooms import from_torch, random_bloom
+from buckets import served
 
 Files = dict[str, bytes]
 TOKEN, READ_TOKEN = "hf_write", "hf_read"
@@ -213,7 +214,8 @@ def test_a_directory_is_taken_as_it_is(hub: Hub, tmp_path: Path, monkeypatch: py
         "gs://bucket/model": "nothing",
         "file": "a file",
     }.items():
-        with pytest.raises(InputError, match=f"{name}: expected the directory of a model, found {found}$"):
+        message = f"{name}: expected the directory of a model, found {found}$"
+        with served(monkeypatch), pytest.raises(InputError, match=message):
             find_directory(name)
     assert hub.requests == 0
 

@@ -159,6 +159,7 @@ def test_the_report_counts_what_is_left_out_before_ranking(world: dict[str, Any]
     assert lines[-1].startswith(f"0 of {QUERIES} queries got fewer than the 5 negatives asked for, 0 of them none")
 
 
+@pytest.mark.slow
 def test_no_more_than_three_blocks_are_in_memory(world: dict[str, Any]) -> None:
     class Streamed:
         """Counts the rows that somebody still holds."""
