@@ -1,6 +1,7 @@
 """Checkpoints of a tiny BLOOM as PyTorch's libraries lay them out, and what a directory holds, by their own readers."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -97,3 +98,10 @@ def small_files(directory: Path, *, without: Iterable[str] = ()) -> dict[str, by
 def listing(directory: Path) -> list[str]:
     """All that is below a directory, hidden or not."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*"))
+
+
+def truncate_files(directory: Path) -> None:
+    """Of an Orbax checkpoint, all but what says that it is complete."""
+    for path in directory.rglob("*"):
+        if path.is_file() and path.name != "commit_success.txt":
+            os.truncate(path, path.stat().st_size // 2)

@@ -42,11 +42,12 @@ from jaxembed.checkpoint.model_directory import (
     read_tensors,
     stored_tensors,
 )
-from jaxembed.checkpoint.orbax import ArrayPath, write_store
+from jaxembed.checkpoint.orbax import write_store
 from jaxembed.checkpoint.parts import huggingface_shapes
 from jaxembed.checkpoint.peft import base_config, base_directory, is_adapter, read_adapter, tokenizer_directory
 from jaxembed.checkpoint.pretrained import abstract_decoder, flat_state
 from jaxembed.checkpoint.safetensors import StoredTensor, TensorSpec, file_inside, write_safetensors
+from jaxembed.checkpoint.stores import ArrayPath
 from jaxembed.errors import InputError
 from jaxembed.models import Family, family_of
 from jaxembed.models.pooled import check_pooling

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from jaxembed.checkpoint.buffers import Buffers, read_ahead
 from jaxembed.checkpoint.huggingface import ShapeDtype, check_weights, in_order
-from jaxembed.checkpoint.orbax import ArrayPath, read_store, read_to_host, store_contents
 from jaxembed.checkpoint.safetensors import StoredTensor, read_json
+from jaxembed.checkpoint.stores import ArrayPath, read_store, read_to_host, store_contents
 from jaxembed.errors import InputError
 from jaxembed.models.weights import Assignment, ParameterPath, Plan, WeightRule, assignments, shorten
 

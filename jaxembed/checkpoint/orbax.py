@@ -8,40 +8,37 @@ tree is restored into the structure, shapes, dtypes and shardings that the reade
 import contextlib
 import json
 import logging
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-import tensorstore
 from etils import epath
 
 from jaxembed import hosts
-from jaxembed.checkpoint.buffers import Buffers
+from jaxembed.checkpoint.stores import (
+    COMMIT_MARKER,
+    STORE_ERRORS,
+    ArrayPath,
+    absolute,
+    first_line,
+    in_groups,
+    read_store,
+    store_contents,
+)
 from jaxembed.errors import InputError, OperationError
 
 log = logging.getLogger(__name__)
 # Orbax tells every step of every save through absl, and every failure with its traceback before it raises it.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-# Both of Orbax's ways to commit (rename on a file system, marker file in a bucket) write it last; here it goes first.
-COMMIT_MARKER = "commit_success.txt"
 TEMPORARY_INFIX = ".orbax-checkpoint-tmp"
 
-ArrayPath = tuple[str, ...]
-_Entry = TypeVar("_Entry")
-_Part = tuple[tuple[int, int], ...]
-_GROUP_BYTES = 256 << 20
 _CHUNK_BYTES = 64 << 20  # of an array, in a file
-_STORE_ERRORS = (OSError, ValueError, RuntimeError)  # Orbax and TensorStore raise these, for a full disk too
-_INDEX_BYTES = 100 << 20  # of a store's lists of its arrays and their parts, in memory
 
 
 class CheckpointError(OperationError):
@@ -90,7 +87,7 @@ class TrainingCheckpoints:
         """
         if keep < 1:
             raise InputError(f"checkpoint.keep: expected at least 1, found {keep}")
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         self.keep = keep
         self._pending: tuple[int, ocp.AsyncResponse[None]] | None = None
         self._unreadable: set[int] = set()
@@ -256,7 +253,7 @@ class TrainingCheckpoints:
         except OSError as other:
             log.warning("could not remove the incomplete checkpoint of step %d: %s", step, other)
         return CheckpointError(
-            f"could not save the checkpoint of step {step} in {self.directory}: {_first_line(error)}. "
+            f"could not save the checkpoint of step {step} in {self.directory}: {first_line(error)}. "
             f"Complete checkpoints there: steps {self.steps()}."
         )
 
@@ -277,7 +274,7 @@ def newest_checkpoint(directory: epath.PathLike) -> tuple[epath.Path, dict[str, 
     Raises:
         InputError: there is none.
     """
-    directory, reasons = _absolute(directory), []
+    directory, reasons = absolute(directory), []
     for step in reversed(complete_steps(directory)):
         path = directory / str(step)
         try:
@@ -292,7 +289,7 @@ def complete_steps(directory: epath.PathLike) -> list[int]:
     """Steps that have a complete checkpoint in the directory, ascending; whether each can be read is another matter."""
     return sorted(
         int(path.name)
-        for path in _entries(_absolute(directory))
+        for path in _entries(absolute(directory))
         if path.name.isdecimal() and (path / COMMIT_MARKER).exists()
     )
 
@@ -325,7 +322,7 @@ def write_store(
     Raises:
         CheckpointError: the checkpoint cannot be written.
     """
-    directory = _absolute(directory)
+    directory = absolute(directory)
     writing: list[tuple[ocp.AsyncResponse[None], list[ArrayPath]]] = []
 
     def wait() -> None:
@@ -337,123 +334,18 @@ def write_store(
 
     try:
         with _store_context():
-            for group in _groups(arrays, lambda entry: entry[1].nbytes):
+            for group in in_groups(arrays, lambda entry: entry[1].nbytes):
                 wait()
                 paths = [path for path, _ in group]
                 writing.append((ocp.partial.save_async(directory, _nested(group)), paths))
             wait()
             ocp.partial.finalize(directory)
-    except _STORE_ERRORS as error:
-        raise CheckpointError(f"could not write {directory}: {_first_line(error)}") from error
+    except STORE_ERRORS as error:
+        raise CheckpointError(f"could not write {directory}: {first_line(error)}") from error
     finally:
         for response, _ in writing:  # after an error: nothing is written any more when the caller cleans up
             with contextlib.suppress(Exception):
                 response.result()
-
-
-def store_contents(directory: epath.PathLike) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the arrays of a store, by their keys, joined by dots.
-
-    By TensorStore, here and for the arrays: Orbax reads all at once, and when one is damaged the others' reads end in
-    tracebacks of a loop that is closed by then.
-
-    Raises:
-        InputError: it is no readable Orbax checkpoint.
-    """
-    contents, end = {}, b"/zarr.json"
-    context = _context()
-    try:
-        if not (epath.Path(directory) / COMMIT_MARKER).exists():
-            raise ValueError("it is not there, or was not written to its end")
-        keys = tensorstore.KvStore.open(_kvstore(directory), context=context).result().list().result()
-        names = [key.removesuffix(end).decode() for key in keys if key.endswith(end)]
-        for name, opening in {name: _open_array(directory, name, context) for name in names}.items():
-            stored = opening.result()
-            contents[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype)
-    except _STORE_ERRORS as error:
-        raise InputError(f"{directory}: not a readable Orbax checkpoint: {_first_line(error)}") from error
-    return contents
-
-
-def read_store(
-    directory: epath.PathLike, wanted: Mapping[ArrayPath, jax.ShapeDtypeStruct]
-) -> Iterator[tuple[ArrayPath, jax.Array]]:
-    """Reads some arrays of a store in the order given, in groups of the size in which they are written.
-
-    Of an array that is sharded over several processes each reads its own parts.
-
-    Args:
-        wanted: shapes, dtypes and shardings.
-
-    Raises:
-        InputError: an array cannot be read.
-    """
-    context = _context()
-    for group in _groups(wanted.items(), lambda entry: math.prod(entry[1].shape) * entry[1].dtype.itemsize):
-        reading: dict[ArrayPath, dict[_Part, Any]] = {}
-        openings = {path: _open_array(directory, ".".join(path), context) for path, _ in group}
-        for path, leaf in group:
-            with _naming(directory, path):
-                stored = openings[path].result()
-                parts = set(_parts(leaf).values())
-                reading[path] = {part: stored[tuple(slice(*ends) for ends in part)].read() for part in parts}
-        for path, leaf in group:
-            with _naming(directory, path):
-                found = {part: future.result() for part, future in reading.pop(path).items()}
-            pieces = [jax.device_put(found[part], device) for device, part in _parts(leaf).items()]
-            yield path, jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces)
-
-
-def read_to_host(
-    directory: epath.PathLike, wanted: Mapping[ArrayPath, jax.ShapeDtypeStruct], buffers: Buffers
-) -> Iterator[tuple[ArrayPath, np.ndarray]]:
-    """Reads some arrays of a store in the order given, each into memory that `buffers` gives.
-
-    By TensorStore, for Orbax lays every array out anew, twice, in memory of its own.
-
-    Raises:
-        InputError: an array cannot be read.
-    """
-    context = _context(file_io_mode={"mode": "memmap"})
-    sizes = {path: math.prod(leaf.shape) * leaf.dtype.itemsize for path, leaf in wanted.items()}
-    ahead = _ReadAhead(directory, sum(sizes.values()))
-    for path, leaf in wanted.items():
-        ahead.advance(sizes[path])
-        array = buffers.take(sizes[path]).view(leaf.dtype).reshape(leaf.shape)
-        with _naming(directory, path):
-            stored = _open_array(directory, ".".join(path), context).result()
-            tensorstore.array(array, context=context).write(stored).result()
-        yield path, array
-
-
-class _ReadAhead:
-    """Has the system read a store's files in the order in which they were written, somewhat ahead of who reads them.
-
-    Of a mapped file it reads little at a time by itself, and waits for the disk each time.
-    """
-
-    def __init__(self, directory: epath.PathLike, nbytes: int) -> None:
-        """Does nothing where fewer than half of the store's bytes will be read, or the system has no such call."""
-        files = [(path.stat(), path) for path in Path(directory).rglob("*") if path.is_file()]
-        self._files = [(stat.st_size, path) for stat, path in sorted(files, key=lambda file: -file[0].st_mtime_ns)]
-        if not hasattr(os, "posix_fadvise") or 2 * nbytes < sum(size for size, _ in self._files):
-            self._files = []
-        self._wanted = _GROUP_BYTES
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes more will be read now."""
-        self._wanted += nbytes
-        while self._files and self._wanted > 0:
-            size, path = self._files.pop()
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            self._wanted -= size
-
-
-def _absolute(directory: epath.PathLike) -> epath.Path:
-    """Orbax misreads relative paths, and `resolve` those of buckets."""
-    path = epath.Path(directory)
-    return path if "://" in os.fspath(path) else path.resolve()
 
 
 def _entries(directory: epath.Path) -> list[epath.Path]:
@@ -464,45 +356,11 @@ def _entries(directory: epath.Path) -> list[epath.Path]:
         return []
 
 
-def _kvstore(directory: epath.PathLike) -> dict[str, Any]:
-    state = os.fspath(_absolute(directory) / "state")
-    base = state if "://" in state else {"driver": "file", "path": state}
-    return {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#index"}
-
-
-def _context(**resources: Any) -> tensorstore.Context:
-    return tensorstore.Context({**resources, "cache_pool#index": {"total_bytes_limit": _INDEX_BYTES}})
-
-
-def _open_array(directory: epath.PathLike, name: str, context: tensorstore.Context) -> Any:
-    """A future of the array; parts that its files lack are an error when they are read."""
-    spec = {"driver": "zarr3", "kvstore": {**_kvstore(directory), "path": name}, "fill_missing_data_reads": False}
-    return tensorstore.open(spec, context=context, open=True)
-
-
-@contextlib.contextmanager
-def _naming(directory: epath.PathLike, path: ArrayPath) -> Iterator[None]:
-    """What TensorStore raises as an `InputError` that names the array."""
-    try:
-        yield
-    except _STORE_ERRORS as error:
-        raise InputError(f"{directory}: {'/'.join(path)} cannot be read: {_first_line(error)}") from error
-
-
-def _parts(leaf: jax.ShapeDtypeStruct) -> dict[Any, _Part]:
-    """By device of this process: where the part of an array begins and ends in each dimension."""
-    sharding: Any = leaf.sharding
-    return {
-        device: tuple(ends.indices(size)[:2] for ends, size in zip(index, leaf.shape, strict=True))
-        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
-    }
-
-
 def _record(path: epath.PathLike) -> dict[str, Any]:
     try:
-        info = ocp.metadata(_absolute(path)).custom_metadata
+        info = ocp.metadata(absolute(path)).custom_metadata
     except Exception as error:
-        raise InputError(f"{path}: its record cannot be read: {_first_line(error)}") from error
+        raise InputError(f"{path}: its record cannot be read: {first_line(error)}") from error
     if not isinstance(info, dict):
         raise InputError(f"{path}: its record is missing")
     return info
@@ -514,19 +372,6 @@ def _store_context() -> ocp.Context:
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     return context
-
-
-def _groups(entries: Iterable[_Entry], nbytes: Callable[[_Entry], int]) -> Iterator[list[_Entry]]:
-    group: list[_Entry] = []
-    size = 0
-    for entry in entries:
-        if group and size + nbytes(entry) > _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(entry)
-        size += nbytes(entry)
-    if group:
-        yield group
 
 
 def _nested(entries: Iterable[tuple[ArrayPath, Any]]) -> dict[str, Any]:
@@ -563,8 +408,3 @@ def _anyones(name: str, failure: str) -> str:
 
 def _no_elements(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return hosts.put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-
-
-def _first_line(error: Exception) -> str:
-    message = str(error).strip().partition(" [tensorstore_spec=")[0]
-    return f"{type(error).__name__}: {message.splitlines()[0][:500] if message else '(no message)'}"

@@ -113,12 +113,13 @@ def table_in_rows(program: Program) -> int:
     """Bytes of the copy of an embedding table that is looked up, and by how much its gradient, which is made row by
     row, is more than the table as it is stored: where another order of dimensions pads less."""
     more = 0
-    for state, copies in ((program.trainable, 2 if program.optimizer is not None else 1), (program.frozen, 1)):
+    for state, trains in ((program.trainable, program.optimizer is not None), (program.frozen, False)):
         for path, leaf in nnx.to_flat_state(state):
-            if path[-1] == "table":
-                size = leaf.dtype.itemsize
-                stored, in_rows = (array_bytes(_shard(leaf), size, in_order) for in_order in (False, True))
-                more += copies * in_rows - (copies - 1) * stored if in_rows > stored else 0
+            if path[-1] != "table":
+                continue
+            stored, in_rows = (array_bytes(_shard(leaf), leaf.dtype.itemsize, in_order) for in_order in (False, True))
+            if in_rows > stored:
+                more += in_rows + (in_rows - stored if trains else 0)
     return more
 
 

@@ -16,16 +16,11 @@ from jaxembed.checkpoint.export import is_causal
 from jaxembed.checkpoint.hub import find_directory
 from jaxembed.checkpoint.huggingface import WeightsHash, in_order
 from jaxembed.checkpoint.model_card import model_card
-from jaxembed.checkpoint.orbax import (
-    checkpoint_record,
-    complete_steps,
-    newest_checkpoint,
-    read_to_host,
-    store_contents,
-)
+from jaxembed.checkpoint.orbax import checkpoint_record, complete_steps, newest_checkpoint
 from jaxembed.checkpoint.parts import Parts, huggingface_shapes
 from jaxembed.checkpoint.pretrained import abstract_decoder, flat_state, random_decoder, with_attention
 from jaxembed.checkpoint.safetensors import TensorSpec
+from jaxembed.checkpoint.stores import read_to_host, store_contents
 from jaxembed.config import TrainConfig, load_config
 from jaxembed.errors import InputError
 from jaxembed.models import Family

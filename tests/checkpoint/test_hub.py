@@ -205,18 +205,18 @@ def test_a_directory_is_taken_as_it_is(hub: Hub, tmp_path: Path, monkeypatch: py
     assert find_directory("org/model") == Path("org/model")
     assert find_directory("~/org") == tmp_path / "org"
     (tmp_path / "file").touch()
-    for name, found in {
-        tmp_path / "nowhere": "nothing",
-        "./nowhere": "nothing",
-        "~/nowhere": "nothing",
-        "~nobody-of-that-name/model": "nothing",
-        "a/b/c": "nothing",
-        "gs://bucket/model": "nothing",
-        "file": "a file",
-    }.items():
-        message = f"{name}: expected the directory of a model, found {found}$"
-        with served(monkeypatch), pytest.raises(InputError, match=message):
-            find_directory(name)
+    with served(monkeypatch):
+        for name, found in {
+            tmp_path / "nowhere": "nothing",
+            "./nowhere": "nothing",
+            "~/nowhere": "nothing",
+            "~nobody-of-that-name/model": "nothing",
+            "a/b/c": "nothing",
+            "gs://bucket/model": "nothing",
+            "file": "a file",
+        }.items():
+            with pytest.raises(InputError, match=f"{name}: expected the directory of a model, found {found}$"):
+                find_directory(name)
     assert hub.requests == 0
 
 

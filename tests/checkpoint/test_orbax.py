@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +12,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxembed.checkpoint import orbax
-from jaxembed.checkpoint.buffers import Buffers
 from jaxembed.checkpoint.orbax import (
     CheckpointError,
     TrainingCheckpoints,
     leaf_names,
     newest_checkpoint,
-    read_store,
-    read_to_host,
-    store_contents,
     write_store,
 )
 from jaxembed.errors import InputError
+
+from checkpoints import truncate_files
 
 INFO = {"plan": "ab12", "config": "cd34", "base": {"path": "models/x", "hash": None}, "step": 3}
 
@@ -69,12 +65,6 @@ def in_subprocess(code, *arguments, **environment):
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
         timeout=120,
     )
-
-
-def truncate_files(directory: Path):
-    for path in directory.rglob("*"):
-        if path.is_file() and path.name != "commit_success.txt":
-            os.truncate(path, path.stat().st_size // 2)
 
 
 def test_restores_the_same_bits(tmp_path):
@@ -304,66 +294,6 @@ def test_restores_onto_another_mesh(tmp_path):
         restored = checkpoints.restore_latest(like({"w": jnp.asarray(expected), "step": jnp.int32(1)}))
     assert restored is not None
     np.testing.assert_array_equal(np.asarray(restored[1]["w"]), expected)
-
-
-def example_arrays():
-    random = np.random.default_rng(0)
-    return {
-        ("table",): jnp.asarray(random.standard_normal((40, 8)), jnp.bfloat16),
-        **{("layers", str(layer), "kernel"): jnp.asarray(random.standard_normal((8, 4))) for layer in range(11)},
-        ("norm", "scale"): jnp.arange(5, dtype=jnp.float16),
-        ("lm_head.weight",): jnp.ones((3, 3)),
-    }
-
-
-@pytest.mark.parametrize("group", [1, 300, 1 << 20])
-def test_a_store_gives_back_what_was_written(tmp_path, monkeypatch, group):
-    monkeypatch.setattr(orbax, "_GROUP_BYTES", group)
-    arrays, written = example_arrays(), []
-    write_store(tmp_path / "store", iter(arrays.items()), written.append)
-    assert written == list(arrays)
-    contents = store_contents(tmp_path / "store")
-    assert contents == {
-        ".".join(path): jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in arrays.items()
-    }
-    some = dict(list(reversed(arrays.items()))[::2])
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[3])
-    wanted = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for path, a in some.items()}
-    on_device = list(read_store(tmp_path / "store", wanted))
-    on_host = [(path, array.copy()) for path, array in read_to_host(tmp_path / "store", wanted, Buffers())]
-    for found in (on_device, on_host):
-        assert [path for path, _ in found] == list(some)
-        for path, array in found:
-            assert array.dtype == some[path].dtype
-            assert np.asarray(array).tobytes() == np.asarray(some[path]).tobytes()
-    assert all(array.devices() == {jax.devices()[3]} for _, array in on_device)
-
-
-def test_each_device_reads_its_own_part_of_a_store(tmp_path):
-    array = jnp.arange(64.0).reshape(16, 4)
-    write_store(tmp_path / "store", [(("a", "b"), array)])
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.P("fsdp", None))
-    [(_, found)] = read_store(
-        tmp_path / "store", {("a", "b"): jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)}
-    )
-    assert found.sharding.is_equivalent_to(sharding, 2)
-    assert {shard.data.shape for shard in found.addressable_shards} == {(2, 4)}
-    np.testing.assert_array_equal(found, array)
-
-
-def test_a_store_that_is_none(tmp_path):
-    wanted = {("a",): jax.ShapeDtypeStruct((4,), jnp.float32)}
-    with pytest.raises(InputError, match="nowhere: not a readable Orbax checkpoint"):
-        store_contents(tmp_path / "nowhere")
-    write_store(tmp_path / "store", [(("a",), jnp.ones(4))])
-    with pytest.raises(InputError, match=r"store: b/c cannot be read"):
-        list(read_to_host(tmp_path / "store", {("b", "c"): wanted["a",]}, Buffers()))
-    truncate_files(tmp_path / "store")
-    with pytest.raises(InputError, match="store"):
-        store_contents(tmp_path / "store")
-    with pytest.raises(InputError, match="a cannot be read"):
-        list(read_to_host(tmp_path / "store", wanted, Buffers()))
 
 
 def test_a_store_that_cannot_be_written(tmp_path):

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from jaxembed import Embedder, train
 from jaxembed.__main__ import run_command
 from jaxembed.checkpoint.directories import download
-from jaxembed.checkpoint.orbax import COMMIT_MARKER, TrainingCheckpoints
+from jaxembed.checkpoint.orbax import TrainingCheckpoints
+from jaxembed.checkpoint.stores import COMMIT_MARKER
 from jaxembed.sharding import make_mesh
 
 from buckets import Service, served
@@ -136,7 +137,8 @@ import jax, jax.numpy as jnp
 from etils import epath
 
 from jaxembed import hosts
-from jaxembed.checkpoint.orbax import COMMIT_MARKER, CheckpointError, TrainingCheckpoints
+from jaxembed.checkpoint.orbax import CheckpointError, TrainingCheckpoints
+from jaxembed.checkpoint.stores import COMMIT_MARKER
 from jaxembed.config import DistributedConfig
 from jaxembed.sharding import make_mesh
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from jaxembed import convert
 from jaxembed.__main__ import run_command
-from jaxembed.checkpoint.orbax import store_contents
+from jaxembed.checkpoint.stores import store_contents
 from jaxembed.embedder import Embedder
 from jaxembed.text.tokenizer import TextTokenizer
 
