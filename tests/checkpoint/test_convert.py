@@ -19,7 +19,7 @@ from etils import epath
 
 from jaxembed import convert
 from jaxembed.__main__ import run_command
-from jaxembed.checkpoint import buffers, orbax
+from jaxembed.checkpoint import buffers, stores
 from jaxembed.checkpoint import convert as conversions
 from jaxembed.embedder import Embedder
 from jaxembed.text.format import TEXT_FORMAT_FILE
@@ -86,7 +86,7 @@ def test_memory_is_used_again_without_mixing_tensors_up(tmp_path: Path, monkeypa
     source = write_checkpoint(tmp_path / "source", tensors, "safetensors shards")
     for kept, group in ((0, 1), (1000, 3000), (1 << 30, 3000), (1 << 30, 1 << 20)):
         monkeypatch.setattr(buffers, "_LARGEST_KEPT", kept)
-        monkeypatch.setattr(orbax, "_GROUP_BYTES", group)
+        monkeypatch.setattr(stores, "_GROUP_BYTES", group)
         assert run(source, tmp_path / "orbax", "--overwrite") == 0
         assert run(tmp_path / "orbax", tmp_path / "back", "--overwrite") == 0
         assert stored_bytes(tmp_path / "back") == bytes_of(tensors)
